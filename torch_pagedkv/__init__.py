@@ -1,0 +1,54 @@
+"""Paged KV cache and fast kernels for HuggingFace causal language models.
+
+>>> model = AutoModelForCausalLM.from_pretrained(...)
+>>> torch_pagedkv.patch(model)
+>>> model.generate(**inputs)            # the same call and tokens, a paged cache underneath
+>>> torch_pagedkv.unpatch(model)
+
+The operators (`torch_pagedkv.ops`) need torch only; what needs transformers is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a checkout patches/ and evals/ lie beside this package; an installed wheel has them inside it.
+_root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.path.isfile(os.path.join(_root, "pyproject.toml")) and os.path.isdir(os.path.join(_root, "csrc")):
+    __path__.append(_root)
+
+from . import ops  # noqa: E402
+from ._native import load as _load  # noqa: E402
+
+_load()
+
+if TYPE_CHECKING:
+    from .config import PagedConfig
+    from .kv.cache import PagedCache
+    from .patches import patch, report, unpatch
+
+__all__ = ["PagedCache", "PagedConfig", "__version__", "ops", "patch", "report", "unpatch"]
+
+_LAZY = {
+    "PagedCache": ".kv.cache",
+    "PagedConfig": ".config",
+    "patch": ".patches",
+    "report": ".patches",
+    "unpatch": ".patches",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
