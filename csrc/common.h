@@ -1,0 +1,80 @@
+// Shared by every native file: the stable-ABI types, error checks that name the argument, and dtype dispatch.
+//
+// Only libtorch's stable ABI is used: TORCH_TARGET_VERSION (set by the builder) turns any include of at:: or c10::
+// headers into a compile error, so one binary serves every torch from 2.11 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>  // 2.11 does not pull it in by itself
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace pagedkv {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream s;
+  s << "[";
+  for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
+  s << "]";
+  return s.str();
+}
+
+inline bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+inline bool is_quantized(ScalarType t) { return t == ScalarType::Char || t == ScalarType::Float8_e4m3fn; }
+
+template <class... Args>
+[[noreturn]] inline void fail(const Args&... args) {
+  std::ostringstream s;
+  (s << ... << args);
+  throw std::runtime_error(s.str());
+}
+// Every message reads "op: argument: got X, needs Y" (STD_TORCH_CHECK would put a source path in front of it). `got` may
+// be a chain of <<.
+#define PAGEDKV_CHECK(cond, op, arg, got, ...)                    \
+  do {                                                            \
+    if (!(cond)) {                                                \
+      std::ostringstream message;                                 \
+      message << op << ": " << arg << ": got " << got;            \
+      ::pagedkv::fail(message.str(), ", needs ", __VA_ARGS__);    \
+    }                                                             \
+  } while (0)
+
+// Calls f with a value of the C++ type behind a float32 / float16 / bfloat16 dtype.
+template <class F>
+inline void dispatch_float(ScalarType t, const char* op, F&& f) {
+  switch (t) {
+    case ScalarType::Float:
+      f(float{});
+      return;
+    case ScalarType::Half:
+      f(Half{});
+      return;
+    case ScalarType::BFloat16:
+      f(BFloat16{});
+      return;
+    default:
+      fail(op, ": got dtype ", torch::headeronly::toString(t), ", needs float32, float16 or bfloat16");
+  }
+}
+
+}  // namespace pagedkv

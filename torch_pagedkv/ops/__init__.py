@@ -1,0 +1,34 @@
+"""The `torch_pagedkv` custom ops: one module a family, each with schema, fake, reference and public wrapper.
+
+Importing this package defines the ops; `torch_pagedkv._native` adds the CPU and CUDA kernels.
+"""
+
+from ._library import REFERENCES, SCHEMAS
+from .activation import bias_act, gelu_and_mul, silu_and_mul
+from .attention import flash_attention, merge_attention_states, paged_attention
+from .cache import copy_blocks, gather_cache, reshape_and_cache, swap_blocks
+from .norm import add_rms_norm, layer_norm, rms_norm
+from .rotary import rotary_and_cache, rotary_embedding
+from .sampling import argmax, sample
+
+__all__ = [
+    "REFERENCES",
+    "SCHEMAS",
+    "add_rms_norm",
+    "argmax",
+    "bias_act",
+    "copy_blocks",
+    "flash_attention",
+    "gather_cache",
+    "gelu_and_mul",
+    "layer_norm",
+    "merge_attention_states",
+    "paged_attention",
+    "reshape_and_cache",
+    "rms_norm",
+    "rotary_and_cache",
+    "rotary_embedding",
+    "sample",
+    "silu_and_mul",
+    "swap_blocks",
+]
