@@ -1,0 +1,1 @@
+"""The managed KV cache: block bookkeeping in plain Python (`blocks`) and the tensors it describes (`pool`)."""
