@@ -1,0 +1,130 @@
+"""Gated MLPs, down(act(gate(x)) * up(x)) -> `silu_and_mul` or `gelu_and_mul` between the projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.activation import ACTIVATIONS
+from . import linear, match
+from .log import PatchLog
+
+if TYPE_CHECKING:
+    from ..config import PagedConfig
+
+#: (gate, up, down) children of a gated MLP; gate == up: one packed projection, gate first
+_LAYOUTS = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    ("gate_up_proj", "gate_up_proj", "down_proj"),
+)
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+_GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": ("silu_and_mul", ops.silu_and_mul),
+    "gelu": ("gelu_and_mul", ops.gelu_and_mul),
+    "gelu_tanh": ("gelu_and_mul", lambda gate, up: ops.gelu_and_mul(gate, up, approximate="tanh")),
+}
+
+
+@dataclass(frozen=True)
+class GatedMLPSpec:
+    """Which children a gated MLP has and which activation."""
+
+    gate: str
+    up: str
+    down: str
+    activation: str  # a key of _GATED
+
+
+def _gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    x = match.first_argument(args, kwargs)
+    spec: GatedMLPSpec = vars(self)["_pagedkv_mlp"]
+    gate, up = getattr(self, spec.gate), getattr(self, spec.up)
+    if match.wants_grad(x, getattr(gate, "weight", None)):
+        return type(self).forward(self, x)
+    fused = vars(self).get("_pagedkv_gate_up")
+    if gate is up:
+        gate_states, up_states = gate(x).chunk(2, -1)
+    elif fused is not None and fused.is_current() and not (match.has_hooks(gate) or match.has_hooks(up)):
+        gate_states, up_states = fused(x)
+    else:
+        gate_states, up_states = gate(x), up(x)
+    return getattr(self, spec.down)(_GATED[spec.activation][1](gate_states, up_states))
+
+
+@torch.no_grad()
+def _activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
+    """The name of an activation, found by its values."""
+    x = torch.linspace(-9, 9, 361)
+    for name in _GATED:
+        try:
+            y = function(x)
+        except Exception:
+            return None
+        if y.shape == x.shape and float((y - ACTIVATIONS[name](x)).abs().max()) <= 1e-6:
+            return name
+    return None
+
+
+def _spec(module: nn.Module) -> GatedMLPSpec | None:
+    children = dict(module.named_children())
+    activation_name = next((n for n in _ACTIVATION_NAMES if callable(getattr(module, n, None))), None)
+    if activation_name is None:
+        return None
+    for gate, up, down in _LAYOUTS:
+        if {gate, up, down} == {n for n in children if n != activation_name}:
+            activation = _activation_of(getattr(module, activation_name))
+            return None if activation is None else GatedMLPSpec(gate, up, down, activation)
+    return None
+
+
+@torch.no_grad()
+def _reproduces(module: nn.Module, in_features: int, like: Tensor) -> bool:
+    x = torch.randn(3, in_features, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
+    try:
+        want = type(module).forward(module, x)  # type: ignore[operator]
+        got = module.forward(x)
+    except Exception:
+        return False
+    # two roundings fewer than stock (the activation's and the product's): allow them through the down projection
+    return got.shape == want.shape and match.relative_error(got, want) <= 4 * torch.finfo(want.dtype).eps
+
+
+def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
+    """Bind the fused forward to every gated MLP whose numbers it reproduces."""
+    if not config.fuse_mlp:
+        return
+    for name, module in match.modules_of(model):
+        if not type(module).__name__.endswith(("MLP", "FeedForward")):
+            continue
+        spec = _spec(module)
+        if spec is None:
+            log.kept(name, "mlp", "it is not gate, up and down projections with a known activation")
+            continue
+        if match.is_bound_elsewhere(module) or not match.is_straight_line(type(module)):
+            log.kept(name, "mlp", "its forward branches, or something else is bound to it")
+            continue
+        gate, up = getattr(module, spec.gate), getattr(module, spec.up)
+        weight = getattr(gate, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or not isinstance(gate, nn.Linear):
+            log.kept(name, "mlp", "its projections are not plain linears")
+            continue
+        scratch = PatchLog()
+        scratch.set_attribute(module, "_pagedkv_mlp", spec)
+        scratch.bind(module, "forward", _gated_forward)
+        if not _reproduces(module, gate.in_features, weight):
+            scratch.undo()
+            log.kept(name, "mlp", "the fused forward does not reproduce its numbers")
+            continue
+        log.absorb(scratch)
+        log.runs(name, "mlp", _GATED[spec.activation][0])
+        if gate is not up and linear.wanted(config, weight):
+            fused = linear.FusedLinear.of((gate, up), log)
+            if fused is not None:
+                log.set_attribute(module, "_pagedkv_gate_up", fused)
+                log.runs(f"{name}.{spec.gate}+{spec.up}", "linear", "fused projection")
