@@ -11,6 +11,7 @@ model are bound by reading the weights, the fused call gains about 2 %, and the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,12 +66,12 @@ def _join(parameters: Sequence[nn.Parameter], log: PatchLog) -> Tensor:
     joined = torch.cat([p.detach() for p in parameters])
     for parameter, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
-
-        def undo(parameter: nn.Parameter = parameter) -> None:
-            parameter.data = parameter.detach().clone()
-
-        log.on_undo(undo)
+        log.on_undo(partial(_own_storage, parameter))
     return joined
+
+
+def _own_storage(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.detach().clone()
 
 
 class SharedProjection:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from typing import Any
-
-_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -20,33 +20,42 @@ class ReportRow:
     reason: str = ""
 
 
+class _Missing(Enum):
+    """No attribute of that name; an enum, so that a copy of a log still knows it."""
+
+    MISSING = 0
+
+
+def _restore(target: object, name: str, old: Any) -> None:
+    if old is _Missing.MISSING:
+        vars(target).pop(name, None)
+    else:
+        vars(target)[name] = old
+
+
 @dataclass
 class PatchLog:
-    """Every change goes through one of these methods, so `undo()` restores the model exactly, in reverse order."""
+    """Every change goes through one of these methods, so `undo()` restores the model exactly, in reverse order.
+
+    `copy.deepcopy(model)` copies the log with the model and undoes the copy then, not the original: the actions are
+    partials of functions, whose arguments are copied, and never closures.
+    """
 
     rows: list[ReportRow] = field(default_factory=list)
-    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _undo: list[Callable[[], object]] = field(default_factory=list)
 
     def set_attribute(self, target: object, name: str, value: Any) -> None:
         """Set `target.name` on the instance (never on its class); undo brings back the old instance value, or none."""
         namespace = vars(target)
-        old = namespace.get(name, _MISSING)
+        self.on_undo(partial(_restore, target, name, namespace.get(name, _Missing.MISSING)))
         namespace[name] = value
-
-        def undo() -> None:
-            if old is _MISSING:
-                namespace.pop(name, None)
-            else:
-                namespace[name] = old
-
-        self._undo.append(undo)
 
     def bind(self, module: object, name: str, function: Callable[..., Any]) -> None:
         """Bind `function` as a method of this one instance, in front of its class's method of that name."""
         self.set_attribute(module, name, types.MethodType(function, module))
 
-    def on_undo(self, action: Callable[[], None]) -> None:
-        """Run `action` when the patch is undone, for changes that are not a plain attribute."""
+    def on_undo(self, action: Callable[[], object]) -> None:
+        """Run `action`, a partial, when the patch is undone, for changes that are not a plain attribute."""
         self._undo.append(action)
 
     def runs(self, module: str, kind: str, op: str) -> None:

@@ -1,0 +1,374 @@
+"""Bindings on the model itself: `generate` makes a paged cache and frees it, each forward pass is planned before it runs.
+
+Bound to the instance, around whatever was bound there before: `generate`, `forward`, `prepare_inputs_for_generation`,
+`_prepare_cache_for_generation` (where transformers decides about the cache) and `_expand_inputs_for_generation` (the
+only place that sees a prompt after it was repeated for beams and before anything is computed).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..config import PagedConfig
+from ..kv.blocks import Salt
+from ..kv.cache import PagedCache
+from ..kv.manager import CacheManager
+from .log import PatchLog
+
+if TYPE_CHECKING:
+    from .checks import ModelFacts
+
+#: arguments of a forward pass that do not change what is in the cache for the same token ids
+_HARMLESS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "labels",
+    "input_ids",
+}
+
+
+@dataclass
+class Call:
+    """One running `generate()`."""
+
+    explicit: dict[str, Any]  # what the user passed
+    input_ids: Tensor | None = None
+    caches: list[PagedCache] = field(default_factory=list)  # made here, to be freed here
+
+
+@dataclass
+class Driver:
+    """What the bound methods of one model share."""
+
+    config: PagedConfig
+    max_prompt: int | None
+    has_prefixes: bool
+    before: dict[str, Any]  # name -> what the instance had under it, or None: its class's
+    calls: list[Call] = field(default_factory=list)
+    weights: int | None = None  # fingerprint of the parameters behind the cached prefixes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
+        twin = Driver(self.config, self.max_prompt, self.has_prefixes, copy.deepcopy(self.before, memo))
+        memo[id(self)] = twin
+        return twin
+
+
+def driver_of(model: PreTrainedModel) -> Driver:
+    """The driver of a patched model."""
+    return vars(model)["_pagedkv_driver"]
+
+
+def manager_of(model: PreTrainedModel) -> CacheManager:
+    """The cache manager of a patched model."""
+    return vars(model)["paged_cache"]
+
+
+def _call_before(model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The method as it was before the patch."""
+    before = driver_of(model).before[name]
+    if before is not None:
+        return before(*args, **kwargs)
+    return getattr(type(model), name)(model, *args, **kwargs)
+
+
+# ---- generate --------------------------------------------------------------------------------------------------------
+
+
+def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    driver, manager = driver_of(self), manager_of(self)
+    with manager.lock:
+        call = Call(_explicit(self, args, kwargs))
+        driver.calls.append(call)
+        try:
+            result = _call_before(self, "generate", *args, **kwargs)
+        except BaseException:
+            _finish(call, None, failed=True)
+            manager.check()
+            raise
+        else:
+            _finish(call, getattr(result, "past_key_values", None), failed=False)
+            return result
+        finally:
+            driver.calls.remove(call)
+
+
+def _explicit(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(type(model).generate).parameters)[1:]
+    return dict(zip(names, args)) | kwargs
+
+
+def _finish(call: Call, returned: Any, *, failed: bool) -> None:
+    for cache in call.caches:
+        if cache is not returned or failed:
+            cache.release(commit=not failed)
+        else:  # the caller goes on with it; what is computed can be found by others already
+            with cache.manager.lock:
+                cache.commit()
+
+
+def _expand_inputs_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    expand = driver_of(self).before["_expand_inputs_for_generation"]
+    if expand is None:  # a static method in some versions of transformers
+        cls = type(self)
+        expand = inspect.getattr_static(cls, "_expand_inputs_for_generation").__get__(self, cls)
+    input_ids, model_kwargs = expand(*args, **kwargs)
+    calls = driver_of(self).calls
+    if calls:
+        calls[-1].input_ids = input_ids
+    return input_ids, model_kwargs
+
+
+def _prepare_cache_for_generation(
+    self: PreTrainedModel,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> Any:
+    driver = driver_of(self)
+    given = model_kwargs.get("past_key_values")
+    mask = model_kwargs.get("attention_mask")
+    if given is None and driver.calls and _wants_pages(self, driver.calls[-1], generation_config):
+        _start_cache(self, driver.calls[-1], generation_config, model_kwargs, generation_mode, max_cache_length)
+        return None
+    result = _call_before(
+        self,
+        "_prepare_cache_for_generation",
+        generation_config,
+        model_kwargs,
+        generation_mode,
+        batch_size,
+        max_cache_length,
+    )
+    if isinstance(given, PagedCache):
+        _check_owner(self, given)
+        width = mask.shape[1] if mask is not None else given.columns
+        if given.columns:
+            given.expect(mask, given.batch_size, max(width, given.columns))
+        given.trusted = True
+        if not _ids_decide(driver.calls[-1] if driver.calls else None, model_kwargs):
+            given.stop_sharing()
+    return result
+
+
+def _wants_pages(model: PreTrainedModel, call: Call, generation_config: Any) -> bool:
+    """Whether this call shall run on the paged cache: nobody asked for another one, and nothing is trained."""
+    if generation_config.use_cache is False or model.training or not model._supports_default_dynamic_cache():
+        return False
+    # a model's own generation_config may ask for a static cache by default (Gemma 2): that is no wish of the caller's
+    asked = call.explicit.get("generation_config")
+    name = call.explicit.get("cache_implementation", getattr(asked, "cache_implementation", None))
+    return name is None
+
+
+def _ids_decide(call: Call | None, model_kwargs: dict[str, Any]) -> bool:
+    """Whether the keys and values follow from the token ids alone."""
+    explicit = {} if call is None else call.explicit
+    extra = {k for k, v in model_kwargs.items() if v is not None} - _HARMLESS
+    return not extra and explicit.get("position_ids") is None
+
+
+def _start_cache(
+    model: PreTrainedModel,
+    call: Call,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    max_cache_length: int,
+) -> None:
+    driver, manager = driver_of(model), manager_of(model)
+    ids, embeds = call.input_ids, model_kwargs.get("inputs_embeds")
+    first = embeds if embeds is not None else ids
+    assert first is not None
+    batch, columns = first.shape[:2]
+    mask = model_kwargs.get("attention_mask")
+    longest = columns if mask is None else int(mask.sum(1).max())
+    if driver.max_prompt is not None and longest > driver.max_prompt:
+        raise ValueError(
+            f"the prompt has {longest} tokens, the model {driver.max_prompt} positions; shorten it, or patch with "
+            "long_prompts='allow'"
+        )
+    manager.follow(model.dtype, model.device)
+    manager.check_fits(longest, max_cache_length + 1 - columns)
+    decided = embeds is None and _ids_decide(call, model_kwargs) and not generation_config.token_healing
+    match = decided and driver.config.prefix_caching and driver.has_prefixes
+    # Chunks and drafts are fed whole, and outputs of every position may be looked at: nothing is left out then.
+    skip = (
+        match
+        and generation_config.prefill_chunk_size is None
+        and not generation_config.output_hidden_states
+        and not generation_config.output_attentions
+        and "assisted" not in str(getattr(generation_mode, "value", generation_mode))
+        and call.explicit.get("custom_generate") is None
+    )
+    if match:
+        _follow_weights(model, driver, manager)
+    cache = PagedCache(manager, expected_tokens=min(max_cache_length + 1, columns + 4096))
+    salt = _salt(model, driver.config.salt) if match else None
+    cache.start(ids if decided else None, mask, batch=batch, columns=columns, salt=salt, match=match, skip=skip)
+    cache.trusted = True
+    call.caches.append(cache)
+    model_kwargs["past_key_values"] = cache
+
+
+def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManager) -> None:
+    """Forgets the prefixes of other weights: training, loading and merging change storages or their versions."""
+    parts = []
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                version = 0 if parameter.is_inference() else parameter._version
+                parts.append((parameter.data_ptr(), version))
+    fingerprint = hash(tuple(parts))
+    if driver.weights != fingerprint:
+        if driver.weights is not None:
+            manager.reset_prefixes()
+        driver.weights = fingerprint
+
+
+def _salt(model: PreTrainedModel, salt: Salt) -> Salt:
+    """The user's salt and the adapters that are active (PEFT's layers know them)."""
+    adapters = [
+        (name, repr(active), bool(getattr(module, "disable_adapters", False)), bool(getattr(module, "merged", False)))
+        for name, module in model.named_modules()
+        if not isinstance(module, PreTrainedModel) and (active := getattr(module, "active_adapters", None)) is not None
+    ]
+    return repr((salt, adapters)) if adapters else salt
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+def _check_owner(model: PreTrainedModel, cache: PagedCache) -> None:
+    if cache.manager is not manager_of(model):
+        raise ValueError("past_key_values: this PagedCache was made for another model")
+
+
+def _prepare_inputs_for_generation(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    inputs = _call_before(self, "prepare_inputs_for_generation", *args, **kwargs)
+    cache = inputs.get("past_key_values")
+    if cache is None and isinstance(kwargs.get("past_key_values"), PagedCache):
+        # Phi-3 drops its cache where the rotary frequencies change: everything is computed again
+        cache = inputs["past_key_values"] = kwargs["past_key_values"]
+        cache.stop_sharing()
+        cache.restart()
+    if isinstance(cache, PagedCache):
+        whole = args[0] if args else kwargs.get("input_ids")
+        _plan(self, cache, inputs, whole_ids=whole, trusted=cache.trusted and bool(driver_of(self).calls))
+    return inputs
+
+
+def _plan(
+    model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any], *, whole_ids: Tensor | None, trusted: bool
+) -> None:
+    """Plans the forward pass that `inputs` are the arguments of."""
+    _check_owner(model, cache)
+    ids, embeds, mask = inputs.get("input_ids"), inputs.get("inputs_embeds"), inputs.get("attention_mask")
+    first = ids if ids is not None else embeds
+    if first is None:
+        raise ValueError("a forward pass needs input_ids or inputs_embeds")
+    batch, queries = first.shape[:2]
+    # an argument that is not of every language model (token types, pixels) may change the mask that the model makes
+    foreign = {name for name, value in inputs.items() if value is not None} - _HARMLESS - {"inputs_embeds"}
+    dense = model.training or bool(inputs.get("output_attentions")) or bool(foreign)
+    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
+        dense = True  # a mask of the caller's own, over all columns
+    elif not trusted:
+        cache.undo()
+        cache.expect(mask, batch, cache.columns + queries)
+    cache.plan(batch, queries, dense=dense)
+    if whole_ids is not None and whole_ids.shape[1] == cache.columns + queries:
+        cache.note_ids(whole_ids, whole=True)
+    else:
+        cache.note_ids(ids, whole=False)
+
+
+def _forward_planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs = kwargs
+    if args:
+        inputs = inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
+        inputs = inputs | inputs.pop("kwargs", {})
+    cache = inputs.get("past_key_values")
+    if not isinstance(cache, PagedCache):
+        return _call_before(self, "forward", *args, **kwargs)
+    ids = inputs.get("input_ids")
+    first = ids if ids is not None else inputs.get("inputs_embeds")
+    if not (cache.pending and first is not None and cache.fits(*first.shape[:2])):
+        manager_of(self).follow(self.dtype, self.device)
+        cache.trusted = False
+        if not _direct_ids_decide(cache, inputs):
+            cache.stop_sharing()
+        _plan(self, cache, inputs, whole_ids=None, trusted=False)
+    result = _call_before(self, "forward", *args, **kwargs)
+    cache.pending = False
+    return result
+
+
+def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
+    """As `_ids_decide`, for a forward pass that the user calls: default positions are columns then, so a pad in front
+    of a token shifts it."""
+    mask = inputs.get("attention_mask")
+    extra = {k for k, v in inputs.items() if v is not None} - _HARMLESS
+    no_pads = mask is None or (mask.dim() == 2 and bool(mask.all()))
+    return no_pads and not extra and inputs.get("position_ids") is None and inputs.get("input_ids") is not None
+
+
+def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        return _forward_planned(self, args, kwargs)
+    # inside a compiled region: planned before it, by prepare_inputs_for_generation
+    result = _call_before(self, "forward", *args, **kwargs)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PagedCache):
+        cache.pending = False
+    return result
+
+
+_METHODS: dict[str, Callable[..., Any]] = {
+    "generate": _generate,
+    "forward": _forward,
+    "prepare_inputs_for_generation": _prepare_inputs_for_generation,
+    "_prepare_cache_for_generation": _prepare_cache_for_generation,
+    "_expand_inputs_for_generation": _expand_inputs_for_generation,
+}
+
+
+def _with_signature(method: Callable[..., Any], cls: type, name: str) -> Callable[..., Any]:
+    """The method with the signature and documentation of the class's own, which transformers inspects."""
+
+    @functools.wraps(getattr(cls, name))
+    def bound(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return bound
+
+
+def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: PatchLog) -> None:
+    """Bind the methods, and the manager as `model.paged_cache`."""
+    manager = CacheManager(config, facts.specs, facts.dtype, facts.device, facts.rules)
+    before = {name: vars(model).get(name) for name in _METHODS}
+    driver = Driver(config, facts.max_prompt, facts.has_prefixes, before)
+    log.set_attribute(model, "_pagedkv_driver", driver)
+    log.set_attribute(model, "paged_cache", manager)
+    for name, method in _METHODS.items():
+        log.bind(model, name, _with_signature(method, type(model), name))
+        if not name.startswith("_"):
+            log.runs(name, "generation", "paged cache")
