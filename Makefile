@@ -35,7 +35,7 @@ PIP_INSTALL = $(PY) -m pip install --no-input $$([ -t 1 ] || echo --quiet) \
 SAY = @printf 'torch_pagedkv: %s\n'
 NATIVE_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test test-all bench env build lint format clean distclean check-python
+.PHONY: help demo test test-all bench env build lint types format clean distclean check-python
 
 help:
 	@echo 'make demo      a real model, stock and patched generate() side by side (ARGS="--device cuda --json out.json")'
@@ -68,6 +68,11 @@ lint: $(LINTERS)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(CLANG_FORMAT) --dry-run -Werror $(NATIVE_SOURCES)
+	@$(MAKE) types
+
+types: $(LINTERS)
+	@rm -rf build/typing && mkdir -p build/typing/torch_pagedkv
+	@ln -s $(addprefix $(CURDIR)/,$(wildcard torch_pagedkv/*) patches evals) build/typing/torch_pagedkv/
 	@$(PY) -m mypy
 
 format: $(LINTERS)

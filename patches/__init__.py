@@ -9,26 +9,20 @@ from __future__ import annotations
 
 import collections
 import copy
-import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..config import PagedConfig
-from . import attention, checks, generation
+from . import attention, checks, fusion, generation
 from .checks import UnsupportedModelError
 from .log import PatchLog, ReportRow
 
 __all__ = ["PatchLog", "Report", "ReportRow", "UnsupportedModelError", "patch", "report", "unpatch"]
 
 logger = logging.getLogger("torch_pagedkv")
-
-#: what is applied to a model besides paged attention, in this order: (model, config, log) -> None
-RECIPES: tuple[Callable[[PreTrainedModel, PagedConfig, PatchLog], None], ...] = ()
 
 _STATE = "_torch_pagedkv"
 
@@ -57,13 +51,14 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
         return model
     checks.check_model(model, config)
     facts = checks.examine(model, config) if config.attention else None
-    log = _CopyableLog()
+    stock = fusion.probe(model) if fusion.wanted(config) else None
+    log = PatchLog()
     try:
         if facts is not None:
             attention.apply(model, facts, log)
             generation.apply(model, config, facts, log)
-        for recipe in RECIPES:
-            recipe(model, config, log)
+        if stock is not None:
+            fusion.apply(model, config, log, stock)
     except BaseException:
         log.undo()
         raise
@@ -148,29 +143,6 @@ def _common(names: list[str]) -> str:
     """One pattern for names that differ in their numbers."""
     patterns = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names}
     return ", ".join(sorted(patterns)[:3]) + (", ..." if len(patterns) > 3 else "")
-
-
-class _Missing(Enum):
-    """No attribute of that name; an enum, so that a copy of a log still knows it."""
-
-    MISSING = 0
-
-
-def _restore(target: object, name: str, old: Any) -> None:
-    if old is _Missing.MISSING:
-        vars(target).pop(name, None)
-    else:
-        vars(target)[name] = old
-
-
-class _CopyableLog(PatchLog):
-    """A log that `copy.deepcopy(model)` copies with the model: it undoes the copy then, not the original. That holds as
-    long as actions given to `on_undo` are partials of functions, whose arguments are copied, and not closures."""
-
-    def set_attribute(self, target: object, name: str, value: Any) -> None:
-        namespace = vars(target)
-        self.on_undo(functools.partial(_restore, target, name, namespace.get(name, _Missing.MISSING)))
-        namespace[name] = value
 
 
 @dataclass

@@ -160,9 +160,10 @@ def _prepare_cache_for_generation(
     )
     if isinstance(given, PagedCache):
         _check_owner(self, given)
-        width = mask.shape[1] if mask is not None else given.columns
-        if given.columns:
-            given.expect(mask, given.batch_size, max(width, given.columns))
+        if mask is not None:
+            given.expect(mask, mask.shape[0], max(mask.shape[1], given.columns))
+        elif given.columns:
+            given.expect(None, given.batch_size, given.columns)
         given.trusted = True
         if not _ids_decide(driver.calls[-1] if driver.calls else None, model_kwargs):
             given.stop_sharing()
@@ -305,7 +306,7 @@ def _forward_planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     inputs = kwargs
     if args:
         inputs = inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
-        inputs = inputs | inputs.pop("kwargs", {})
+        inputs = {k: v for k, v in inputs.items() if k not in ("self", "kwargs")} | inputs.get("kwargs", {})
     cache = inputs.get("past_key_values")
     if not isinstance(cache, PagedCache):
         return _call_before(self, "forward", *args, **kwargs)

@@ -452,8 +452,12 @@ def test_wheel_from_sdist_is_complete(source_tree: Path, tmp_path: Path) -> None
     zipfile.ZipFile(wheel).extractall(target)
 
     def sources(root: Path) -> set[str]:
-        kinds = (".py", ".h", ".cuh", ".cpp", ".cu")
-        return {p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix in kinds and "lib" not in p.parts}
+        kinds = (".py", ".h", ".cuh", ".cpp", ".cu", ".inl", ".json", ".yaml")
+        return {
+            p.relative_to(root).as_posix()
+            for p in root.rglob("*")
+            if p.suffix in kinds and not {"lib", "results"} & set(p.parts)
+        }
 
     for folder, packed in (("torch_pagedkv", "."), ("csrc", "csrc"), ("patches", "patches"), ("evals", "evals")):
         missing = sources(source_tree / folder) - sources(target / "torch_pagedkv" / packed)

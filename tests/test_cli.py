@@ -153,11 +153,11 @@ def test_demo(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     command = ["demo", "--model", tiny, "--device", "cpu", "--max-new-tokens", "12", "--repeats", "1"]
     assert cli.main([*command, "--prompts", str(prompts), "--json", str(report)]) == 0
     text = capsys.readouterr().out
-    assert "2 prompts of 4 to 29 tokens" in text
+    assert "2 prompts of 4 to 28 tokens" in text
     assert text.count("2 of 2") == 2
     result = json.loads(report.read_text())
     assert result["first_difference"] == {"plain": [None, None], "prefix": [None, None]}
-    assert result["prompt_tokens"] == [4, 29]
+    assert result["prompt_tokens"] == [4, 28]
     assert [len(row) for row in result["patched"]["plain"]["tokens"]] == [12, 12]
     # every whole block of the prefix, in both rows
     block = result["patched"]["stats"]["block_size"]
@@ -165,11 +165,10 @@ def test_demo(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert result["patched"]["prefix"]["reused_blocks"] >= 2 * (result["prefix_tokens"] // block)
     # keys and values of 2 layers, 2 heads of 16, fp32, at the longest step of both rows
     per_token = 2 * 2 * 2 * 16 * 4
-    assert result["stock"]["plain"]["kv_bytes"] == 2 * (29 + 11) * per_token
+    assert result["stock"]["plain"]["kv_bytes"] == 2 * (28 + 11) * per_token
     assert result["patched"]["plain"]["kv_bytes"] == result["patched"]["plain"]["blocks"] * block * per_token
-    assert {"cpu", "cores", "threads", "gpu"} == set(result["machine"])
-    assert result["versions"]["torch"] == torch.__version__
-    assert "--max-new-tokens 12" in result["command"]
+    assert result["machine"]["versions"]["torch"] == torch.__version__
+    assert "--max-new-tokens 12" in result["machine"]["command"]
 
 
 def test_demo_model_too_short(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -481,10 +481,10 @@ def run_ninja(work: Path, total: int, quiet: bool) -> None:
     began = time.monotonic()
     if not quiet:
         say(f"compiling the native kernels ({total} units, {jobs()} at a time) in {work}")
+    messages: list[str] = []
     if not quiet and sys.stderr is sys.__stderr__ and sys.stderr is not None and sys.stderr.isatty():
         env = {"NINJA_STATUS": "  [%f/%t, %es] ", **os.environ}
         code = subprocess.run(command, stdout=sys.stderr.fileno(), env=env).returncode
-        messages = []
     else:
         code, messages = watch(command, quiet)
     if code:
@@ -559,7 +559,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the units and stop")
     args = parser.parse_args(argv)
     work = args.work or (CHECKOUT or HERE) / "build" / "native"
-    kinds = None if args.cuda is None else KINDS[: 1 + args.cuda]
+    kinds: Sequence[str] | None = None if args.cuda is None else KINDS[: 1 + args.cuda]
     if args.only:
         kinds = [kind for kind in KINDS if list_units(kind, only=args.only) and (kind in (kinds or KINDS))]
         work = args.work or (args.dest / "work" if args.dest != HERE / "lib" else work)

@@ -142,7 +142,7 @@ def generate(args: argparse.Namespace) -> int:
     """Stream the answer to one prompt."""
     from transformers import TextStreamer
 
-    from torch_pagedkv.evals import demo, models
+    from torch_pagedkv.evals import models
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -151,16 +151,13 @@ def generate(args: argparse.Namespace) -> int:
     if args.raw:
         batch = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     else:
-        batch = demo.encode(tokenizer, [args.prompt], model.device, args.system)
+        batch = models.encode(tokenizer, [args.prompt], model.device, args.system)
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
     options = {name: value for name in ("kv_cache_dtype", "block_size") if (value := getattr(args, name)) is not None}
     if not args.stock:
-        try:
-            torch_pagedkv.patch(model, **options)
-        except (ValueError, TypeError) as error:
-            raise models.UserError(str(error)) from error
+        models.patch(model, **options)
     streamer = TextStreamer(tokenizer, skip_prompt=not args.raw, skip_special_tokens=True)
     began = time.perf_counter()
     out = model.generate(**batch, max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)

@@ -1,0 +1,263 @@
+// The attention ops: arguments -> AttentionParams, the choice of kernel, and the merge of partial results.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "attention_plan.cuh"
+#include "paged_decode.cuh"
+
+namespace pagedkv {
+namespace {
+
+// Lengths stay far below this, so that position arithmetic fits in 32 bits; a longer window is no window.
+constexpr int64_t kNoWindow = int64_t(1) << 30;
+
+template <class T>
+const T* data_or_null(const OptTensor& t) {
+  return t.has_value() ? t->const_data_ptr<T>() : nullptr;
+}
+
+// A stride is free where the size is 1; 0 there keeps alignment tests honest.
+int64_t stride_of(const Tensor& t, int64_t i) { return t.size(i) <= 1 ? 0 : t.stride(i); }
+
+// What paged and dense calls share. Allocates the outputs.
+Pair begin(const char* op, AttentionParams& p, const Tensor& query, const Tensor& query_start, const Tensor& query_len,
+           int64_t max_query_len, double scale, bool causal, const OptTensor& alibi_slopes, int64_t window,
+           double softcap, const OptTensor& sinks, bool return_lse) {
+  const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2);
+  Tensor out = torch::stable::new_empty(query, {tokens, heads, dim});
+  Tensor lse = torch::stable::new_empty(query, {return_lse ? tokens : 0, heads}, ScalarType::Float);
+  PAGEDKV_CHECK(tokens * heads / std::max<int64_t>(1, p.num_kv_heads) < (int64_t(1) << 31), op, "query",
+                tokens << " tokens of " << heads << " heads", "fewer than 2^31 rows for each KV head");
+  p.q = query.const_data_ptr();
+  p.q_stride_t = stride_of(query, 0);
+  p.q_stride_h = stride_of(query, 1);
+  p.query_start = query_start.const_data_ptr<int>();
+  p.query_len = query_len.const_data_ptr<int>();
+  p.max_query_len = int(std::min<int64_t>(max_query_len, tokens));
+  p.alibi_slopes = data_or_null<float>(alibi_slopes);
+  p.sinks = data_or_null<float>(sinks);
+  p.scale = float(scale);
+  p.softcap = float(softcap);
+  p.window = window >= kNoWindow ? 0 : int(window);
+  p.causal = causal;
+  p.out = out.mutable_data_ptr();
+  p.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
+  p.num_seqs = int(query_start.size(0));
+  p.num_heads = int(heads);
+  p.head_dim = int(dim);
+  p.num_tokens = int(tokens);
+  return {std::move(out), std::move(lse)};
+}
+
+KVType kv_type(const Tensor& cache) {
+  switch (cache.scalar_type()) {
+    case ScalarType::Char:
+      return KVType::kInt8;
+    case ScalarType::Float8_e4m3fn:
+      return KVType::kFp8;
+    default:
+      return KVType::kSame;
+  }
+}
+
+enum class Version { kPick, kOnePass, kSplit };
+
+// Few rows a KV head: one tile of the decode kernel holds them, or they are too few for the prefill kernel, which does
+// not split the keys, to fill the device with.
+bool suits_decode(const AttentionParams& p) {
+  const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
+  if (rows <= kRowTile) return true;
+  return rows <= 4 * kRowTile && 2 * int64_t(p.num_seqs) * p.num_kv_heads <= current_device().sms;
+}
+
+Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& query, const Tensor& key_cache,
+           const Tensor& value_cache, const Tensor& block_tables, const Tensor& seq_lens, const Tensor& query_start,
+           const Tensor& query_len, int64_t max_query_len, double scale, bool causal, const OptTensor& alibi_slopes,
+           int64_t window, double softcap, const OptTensor& sinks, const OptTensor& k_scale, const OptTensor& v_scale,
+           bool return_lse) {
+  check_paged_attention(op, query, key_cache, value_cache, block_tables, seq_lens, query_start, query_len,
+                        max_query_len, alibi_slopes, window, softcap, sinks, k_scale, v_scale);
+  PAGEDKV_CHECK(num_splits >= 0, op, "num_splits", num_splits, "0 (planned on the device) or more");
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  AttentionParams p{};
+  p.k = key_cache.const_data_ptr();
+  p.v = value_cache.const_data_ptr();
+  p.k_stride_block = stride_of(key_cache, 0), p.v_stride_block = stride_of(value_cache, 0);
+  p.k_stride_t = stride_of(key_cache, 1), p.v_stride_t = stride_of(value_cache, 1);
+  p.k_stride_h = stride_of(key_cache, 2), p.v_stride_h = stride_of(value_cache, 2);
+  p.k_scale = data_or_null<float>(k_scale);
+  p.v_scale = data_or_null<float>(v_scale);
+  p.block_tables = block_tables.const_data_ptr<int>();
+  p.table_stride = stride_of(block_tables, 0);
+  p.max_blocks = int(block_tables.size(1));
+  p.num_blocks = int(key_cache.size(0));
+  p.block_size = int(key_cache.size(1));
+  while ((1 << p.block_shift) < p.block_size) ++p.block_shift;
+  p.max_key_len = int(std::min<int64_t>(block_tables.size(1) * p.block_size, kNoWindow));
+  p.seq_lens = seq_lens.const_data_ptr<int>();
+  p.num_kv_heads = int(key_cache.size(2));
+  Pair result = begin(op, p, query, query_start, query_len, max_query_len, scale, causal, alibi_slopes, window, softcap,
+                      sinks, return_lse);
+  if (query.numel() == 0) return result;
+  const cudaStream_t stream = current_stream(query);
+  const KVType kv = kv_type(key_cache);
+  const int splits = version == Version::kOnePass ? 1 : int(std::min<int64_t>(num_splits, 1 << 20));
+  if (query.scalar_type() == ScalarType::Float) {
+    launch_simt(p, kv, splits, query, stream);
+  } else if (version == Version::kSplit || suits_decode(p)) {
+    launch_decode(p, query.scalar_type(), kv, splits, query, stream);
+  } else {
+    launch_fill(p, int(query.element_size()), stream);
+    launch_prefill(p, query.scalar_type(), kv, stream);
+  }
+  return result;
+}
+
+Pair paged_attention_cuda(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
+                          Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
+                          OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks,
+                          OptTensor k_scale, OptTensor v_scale, bool return_lse) {
+  return paged("paged_attention", Version::kPick, 0, query, key_cache, value_cache, block_tables, seq_lens, query_start,
+               query_len, max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks, k_scale, v_scale,
+               return_lse);
+}
+
+Pair paged_attention_v1_cuda(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
+                             Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
+                             OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks,
+                             OptTensor k_scale, OptTensor v_scale, bool return_lse) {
+  return paged("paged_attention_v1", Version::kOnePass, 1, query, key_cache, value_cache, block_tables, seq_lens,
+               query_start, query_len, max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks,
+               k_scale, v_scale, return_lse);
+}
+
+Pair paged_attention_v2_cuda(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
+                             Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
+                             OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks,
+                             OptTensor k_scale, OptTensor v_scale, bool return_lse, int64_t num_splits) {
+  return paged("paged_attention_v2", Version::kSplit, num_splits, query, key_cache, value_cache, block_tables, seq_lens,
+               query_start, query_len, max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks,
+               k_scale, v_scale, return_lse);
+}
+
+Pair flash_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor query_start, Tensor query_len,
+                          Tensor key_start, Tensor key_len, int64_t max_query_len, int64_t max_key_len, double scale,
+                          bool causal, OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks,
+                          bool return_lse) {
+  check_flash_attention(query, key, value, query_start, query_len, key_start, key_len, max_query_len, max_key_len,
+                        alibi_slopes, sliding_window, softcap, sinks);
+  const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
+  AttentionParams p{};
+  p.k = key.const_data_ptr();
+  p.v = value.const_data_ptr();
+  p.k_stride_t = stride_of(key, 0), p.v_stride_t = stride_of(value, 0);
+  p.k_stride_h = stride_of(key, 1), p.v_stride_h = stride_of(value, 1);
+  p.key_start = key_start.const_data_ptr<int>();
+  p.seq_lens = key_len.const_data_ptr<int>();
+  p.num_blocks = int(key.size(0));  // rows that key_start + position must stay below
+  p.block_size = 1;
+  p.max_key_len = int(std::min({max_key_len, key.size(0), kNoWindow}));
+  p.num_kv_heads = int(key.size(1));
+  Pair result = begin("flash_attention", p, query, query_start, query_len, max_query_len, scale, causal, alibi_slopes,
+                      sliding_window, softcap, sinks, return_lse);
+  if (query.numel() == 0) return result;
+  const cudaStream_t stream = current_stream(query);
+  if (query.scalar_type() == ScalarType::Float) {
+    launch_simt(p, KVType::kSame, 0, query, stream);
+  } else {
+    launch_fill(p, int(query.element_size()), stream);
+    launch_prefill(p, query.scalar_type(), KVType::kSame, stream);
+  }
+  return result;
+}
+
+// merge ---------------------------------------------------------------------------------------------------------------
+
+// A warp a (token, head) row; a side whose weight is 0 is not read, it may hold anything. Floor: 3 * out bytes /
+// bandwidth.
+template <class T, int N>
+__global__ void __launch_bounds__(256)
+    merge_kernel(const T* __restrict__ a, const float* __restrict__ lse_a, const T* __restrict__ b,
+                 const float* __restrict__ lse_b, T* __restrict__ out, float* __restrict__ lse, int64_t rows, int dim) {
+  using V = Vec<T, N>;
+  const int lane = threadIdx.x % 32;
+  const int64_t warps = int64_t(gridDim.x) * blockDim.x / 32;
+  for (int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
+    const float la = lse_a[row], lb = lse_b[row], top = fmaxf(la, lb);
+    const float base = top == kNegInf ? 0.f : top;
+    const float ea = expf(la - base), eb = expf(lb - base), total = ea + eb;
+    const float wa = total == 0.f ? 0.f : ea / total, wb = total == 0.f ? 0.f : eb / total;
+    for (int i = lane * N; i < dim; i += 32 * N) {
+      float x[N] = {};
+      auto add = [&](const T* from, float w) {
+        if (w == 0.f) return;
+        const V v = *reinterpret_cast<const V*>(from + row * dim + i);
+#pragma unroll
+        for (int j = 0; j < N; ++j) x[j] += w * to_float(v.v[j]);
+      };
+      add(a, wa);
+      add(b, wb);
+      V v;
+#pragma unroll
+      for (int j = 0; j < N; ++j) v.v[j] = from_float<T>(x[j]);
+      *reinterpret_cast<V*>(out + row * dim + i) = v;
+    }
+    if (lane == 0) lse[row] = total == 0.f ? kNegInf : base + logf(total);
+  }
+}
+
+Pair merge_attention_states_cuda(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  check_merge(out_a, lse_a, out_b, lse_b);
+  const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
+  const int64_t rows = out_a.size(0) * out_a.size(1), dim = out_a.size(2);
+  Tensor out = torch::stable::new_empty(out_a, {out_a.size(0), out_a.size(1), dim});
+  Tensor lse = torch::stable::new_empty(lse_a, {lse_a.size(0), lse_a.size(1)});
+  if (rows == 0) return {std::move(out), std::move(lse)};
+  for (Tensor* t : {&out_a, &lse_a, &out_b, &lse_b})
+    if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
+  const int64_t blocks = std::min<int64_t>((rows + 7) / 8, 16 * int64_t(current_device().sms));
+  dispatch_cuda(out_a.scalar_type(), "merge_attention_states", [&](auto tag) {
+    using T = decltype(tag);
+    constexpr int kVector = 16 / sizeof(T);
+    const auto a = static_cast<const T*>(out_a.const_data_ptr()), b = static_cast<const T*>(out_b.const_data_ptr());
+    const bool vectors =
+        dim % kVector == 0 && (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+    const auto kernel = vectors ? merge_kernel<T, kVector> : merge_kernel<T, 1>;
+    kernel<<<unsigned(blocks), 256, 0, current_stream(out_a)>>>(
+        a, lse_a.const_data_ptr<float>(), b, lse_b.const_data_ptr<float>(), static_cast<T*>(out.mutable_data_ptr()),
+        lse.mutable_data_ptr<float>(), rows, int(dim));
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {std::move(out), std::move(lse)};
+}
+
+template <class T>
+void launch_decode_bucket(const AttentionParams& p, KVType kv, int num_splits, const Tensor& like,
+                          cudaStream_t stream) {
+  const auto launch = p.head_dim <= 32    ? launch_decode_dim<T, 32>
+                      : p.head_dim <= 64  ? launch_decode_dim<T, 64>
+                      : p.head_dim <= 96  ? launch_decode_dim<T, 96>
+                      : p.head_dim <= 128 ? launch_decode_dim<T, 128>
+                      : p.head_dim <= 192 ? launch_decode_dim<T, 192>
+                                          : launch_decode_dim<T, 256>;
+  launch(p, kv, num_splits, like, stream);
+}
+
+}  // namespace
+
+void launch_decode(const AttentionParams& p, ScalarType dtype, KVType kv, int num_splits, const Tensor& like,
+                   cudaStream_t stream) {
+  if (dtype == ScalarType::Half)
+    launch_decode_bucket<__half>(p, kv, num_splits, like, stream);
+  else
+    launch_decode_bucket<__nv_bfloat16>(p, kv, num_splits, like, stream);
+}
+
+}  // namespace pagedkv
+
+STABLE_TORCH_LIBRARY_IMPL(torch_pagedkv, CUDA, m) {
+  PAGEDKV_IMPL(m, paged_attention, pagedkv::paged_attention_cuda);
+  PAGEDKV_IMPL(m, paged_attention_v1, pagedkv::paged_attention_v1_cuda);
+  PAGEDKV_IMPL(m, paged_attention_v2, pagedkv::paged_attention_v2_cuda);
+  PAGEDKV_IMPL(m, flash_attention, pagedkv::flash_attention_cuda);
+  PAGEDKV_IMPL(m, merge_attention_states, pagedkv::merge_attention_states_cuda);
+}

@@ -1,0 +1,54 @@
+// What every attention kernel is given: one struct, and the launchers that attention.cu chooses between.
+#pragma once
+
+#include "cuda_common.h"
+
+namespace pagedkv {
+
+enum class KVType { kSame, kInt8, kFp8 };  // storage of the cache; kSame is the query's dtype
+
+struct AttentionParams {
+  const void* q;        // [T, Hq, D], unit stride in D
+  int64_t q_stride_t, q_stride_h;
+  const void* k;        // paged: [num_blocks, block_size, Hkv, D]; dense: [K, Hkv, D] (k_stride_block unused)
+  const void* v;
+  int64_t k_stride_block, k_stride_t, k_stride_h;  // elements; t: one token inside its block (or dense row)
+  int64_t v_stride_block, v_stride_t, v_stride_h;
+  const float* k_scale;  // [num_blocks, block_size, Hkv] contiguous, or null
+  const float* v_scale;
+
+  const int* block_tables;  // paged: [S, max_blocks]; null: dense
+  int64_t table_stride;
+  int max_blocks, num_blocks, block_size, block_shift;  // block_size = 1 << block_shift
+  const int* key_start;   // dense: [S], first row of each sequence in k and v; null when paged
+  const int* seq_lens;    // [S], keys of each sequence
+  const int* query_start;  // [S]
+  const int* query_len;    // [S]
+  int max_query_len;       // upper bound known on the host
+  int max_key_len;         // likewise: max_blocks * block_size, or the dense argument
+
+  const float* alibi_slopes;  // [Hq] or null
+  const float* sinks;         // [Hq] or null
+  float scale, softcap;       // softcap 0: off
+  int window;                 // 0: off
+  bool causal;
+
+  void* out;   // [T, Hq, D] contiguous; rows that no sequence owns are already 0
+  float* lse;  // [T, Hq] natural log, filled with -inf already, or null
+
+  int num_seqs, num_heads, num_kv_heads, head_dim, num_tokens;
+};
+
+// paged_prefill.cu: 16-bit queries, one pass over the keys for each tile of query rows (mma.sync, cp.async).
+// Paged (kSame, int8, fp8) and dense (kSame).
+void launch_prefill(const AttentionParams& p, ScalarType dtype, KVType kv, cudaStream_t stream);
+
+// paged_decode.cu: 16-bit queries, split-KV partitions with the GQA group packed as rows, combined afterwards.
+// num_splits 0: planned on the device. `like` allocates the workspace through torch's caching allocator.
+void launch_decode(const AttentionParams& p, ScalarType dtype, KVType kv, int num_splits, const Tensor& like,
+                   cudaStream_t stream);
+
+// paged_simt.cu: float32 queries (tensor cores would round to tf32), paged or dense, one pass or split.
+void launch_simt(const AttentionParams& p, KVType kv, int num_splits, const Tensor& like, cudaStream_t stream);
+
+}  // namespace pagedkv

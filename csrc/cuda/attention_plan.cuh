@@ -1,0 +1,294 @@
+// The split-KV plan, shared by the tensor-core (paged_decode) and the float32 (paged_simt) kernels.
+//
+// Work is counted in units of kKeyTile keys of one item; an item is (sequence, KV head, tile of kRowTile query rows),
+// where the rows of a KV head are its (token, head in the GQA group) pairs, token-major. All units of the batch form
+// one line, ordered by sequence, head, row tile, key. The line is cut into one stretch for each CTA of a fixed grid:
+//   - planned (num_splits 0): even stretches. Items shorter than kWholeTiles are moved to one side of a cut whole. At
+//     most two pieces of a CTA's stretch are partial items, so the workspace has two slots a CTA whatever the batch.
+//   - fixed (num_splits n): every item is cut into n even partitions, so that the bits of a sequence do not depend on
+//     the rest of the batch; the line is cut between partitions only. n = 1 is the one-pass version.
+// The cuts are computed on the device from seq_lens and query_len, by one CTA in front of the attention kernel, so a
+// CUDA graph can be replayed with other lengths.
+//
+// The CTA that completes an item (a counter of units that have arrived, zeroed by the plan) merges its partial results,
+// always in key order: the outcome does not depend on which CTA came last. Split-KV with a combine is Flash-Decoding
+// (Dao et al., 2023); an even cut of one line of work is stream-K (Osama et al., 2023, arXiv:2301.03598), which
+// FlashInfer (Ye et al., 2025, arXiv:2501.01005) uses for ragged attention.
+#pragma once
+
+#include "attention_math.cuh"
+
+namespace pagedkv {
+
+constexpr int kRowTile = 16;
+constexpr int kKeyTile = 64;
+constexpr int kWholeTiles = 4;  // items of at most this many units are never split by the planned mode
+
+struct Cut {
+  int64_t unit;         // where on the line
+  int seq, item, tile;  // the same place as coordinates; item = KV head * row tiles + row tile
+  int first, last;      // planned mode, cut inside an item: the CTAs that hold its first and its last unit
+  int unused;
+};
+
+struct Plan {
+  Cut* cuts;           // [ctas + 1]
+  int64_t* seq_units;  // [S + 1] units before each sequence
+  int64_t* seq_items;  // [S + 1] items before each sequence
+  int* arrived;        // [counters] units of a split item whose partial results are written
+  float* partial_out;  // [slots, kRowTile, dim] unnormalised
+  float* partial_max;  // [slots, kRowTile]
+  float* partial_sum;  // [slots, kRowTile]
+  int64_t max_items;   // fixed mode: items that the workspace has room for
+  int counters;
+  int ctas;
+  int splits;  // 0: planned
+};
+
+// Allocates the workspace in `like`'s caching allocator; `dim` is the row length of partial_out. The returned tensor
+// keeps it alive: the caller may drop it once the kernels are enqueued, since the allocator is stream-ordered.
+Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, const Tensor& like, Plan& plan);
+
+// Computes the plan, and fills what no item will write: rows of `out` that no sequence owns or that see no key become
+// 0, their lse -inf. `out_size` is the size of an element of `out`.
+void launch_plan(const AttentionParams& p, const Plan& plan, int out_size, cudaStream_t stream);
+
+// That fill alone, in front of a kernel without a plan.
+void launch_fill(const AttentionParams& p, int out_size, cudaStream_t stream);
+
+// What the device can run: how many CTAs of a kernel at once.
+struct Device {
+  int index, sms, smem_per_block;
+};
+const Device& current_device();
+
+// work of a sequence ------------------------------------------------------------------------------------------------
+
+struct SeqWork {
+  int len;        // positions: the last row sits at len - 1
+  int keys;       // readable keys, <= len
+  int tokens;     // query tokens
+  int row_tiles;  // of each KV head
+  int tiles;      // units of each item (an upper bound over its row tiles); 0: nothing to do
+};
+
+__device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, int seq) {
+  SeqWork w;
+  const int group = p.num_heads / p.num_kv_heads;
+  w.len = max(0, __ldg(p.seq_lens + seq));
+  w.tokens = max(0, min(__ldg(p.query_len + seq), p.num_tokens));
+  w.keys = readable_keys(p, w.len);
+  w.row_tiles = int((int64_t(w.tokens) * group + kRowTile - 1) / kRowTile);
+  w.tiles = w.tokens > 0 ? (w.keys + kKeyTile - 1) / kKeyTile : 0;
+  if (p.window > 0) {
+    // tokens that the rows of one tile can belong to
+    const int span = group % kRowTile == 0   ? 1
+                     : kRowTile % group == 0 ? kRowTile / group
+                                             : (kRowTile - 2 + group) / group + 1;
+    const int64_t width = span - 1 + (p.causal ? int64_t(p.window) : 2 * int64_t(p.window) - 1);
+    w.tiles = int(min(int64_t(w.tiles), (width + kKeyTile - 2) / kKeyTile + 1));
+  }
+  return w;
+}
+
+// Fixed mode: partitions of an item of `tiles` units, the one that unit `tile` is in, and where partition j begins.
+__device__ __forceinline__ int partitions(int splits, int tiles) { return min(splits, tiles); }
+__device__ __forceinline__ int partition_of(int tile, int tiles, int n) {
+  return int((int64_t(tile + 1) * n - 1) / tiles);
+}
+__device__ __forceinline__ int partition_begin(int j, int tiles, int n) { return int(int64_t(tiles) * j / n); }
+
+// pieces ------------------------------------------------------------------------------------------------------------
+
+// A CTA's piece of one item: keys [key_begin, key_end) for `rows` rows from `row_begin` of a KV head.
+struct Piece {
+  int seq, kv_head, group;
+  int query_start, len, keys, tokens;
+  int row_begin, rows;
+  KeyRange seen;  // what the piece's rows see, all together
+  int key_begin, key_end;
+  int units, tiles;  // this piece's, the item's
+  // partial results: where this piece's go (unused when units == tiles), and where to find all of the item's
+  int64_t slot, first_slot, rest_slot;
+  int slot_step, parts, counter;
+
+  __device__ __forceinline__ bool whole() const { return units == tiles; }
+  __device__ __forceinline__ int64_t part_slot(int i) const {
+    return i == 0 ? first_slot : rest_slot + int64_t(i) * slot_step;
+  }
+  // Row r of the piece: its token within the sequence, its query head, its KV position.
+  __device__ __forceinline__ int token(int r) const { return (row_begin + r) / group; }
+  __device__ __forceinline__ int head(int r) const { return kv_head * group + (row_begin + r) % group; }
+  __device__ __forceinline__ int position(int r) const { return len - tokens + token(r); }
+  // Row of `query` and `out`, or -1 where a wrong query_start points outside.
+  __device__ __forceinline__ int64_t query_row(const AttentionParams& p, int r) const {
+    const int64_t row = int64_t(query_start) + token(r);
+    return row >= 0 && row < p.num_tokens ? row : -1;
+  }
+};
+
+// Calls f with every piece of this CTA, the same for all its threads.
+template <class F>
+__device__ __forceinline__ void for_each_piece(const AttentionParams& p, const Plan& plan, F&& f) {
+  const Cut begin = plan.cuts[blockIdx.x], end = plan.cuts[blockIdx.x + 1];
+  int64_t left = end.unit - begin.unit;
+  int item = begin.item, tile = begin.tile;
+  for (int seq = begin.seq; left > 0 && seq < p.num_seqs; ++seq, item = 0) {
+    const SeqWork w = seq_work(p, seq);
+    if (w.tiles == 0) continue;
+    Piece piece;
+    piece.seq = seq;
+    piece.group = p.num_heads / p.num_kv_heads;
+    piece.query_start = __ldg(p.query_start + seq);
+    piece.len = w.len;
+    piece.keys = w.keys;
+    piece.tokens = w.tokens;
+    piece.tiles = w.tiles;
+    const int items = w.row_tiles * p.num_kv_heads;
+    for (; item < items && left > 0; ++item) {
+      piece.kv_head = item / w.row_tiles;
+      piece.row_begin = (item - piece.kv_head * w.row_tiles) * kRowTile;
+      piece.rows = min(kRowTile, w.tokens * piece.group - piece.row_begin);
+      piece.seen = visible_keys(p, piece.position(0), piece.position(piece.rows - 1), w.keys);
+      while (tile < w.tiles && left > 0) {
+        int edge = w.tiles;
+        if (plan.splits > 0) {
+          const int n = partitions(plan.splits, w.tiles), j = partition_of(tile, w.tiles, n);
+          edge = partition_begin(j + 1, w.tiles, n);
+          const int64_t index = plan.seq_items[seq] + item;
+          piece.first_slot = piece.rest_slot = index * plan.splits;
+          piece.slot_step = 1;
+          piece.parts = n;
+          piece.slot = piece.first_slot + j;
+          piece.counter = int(index);
+        }
+        piece.units = int(min(int64_t(edge - tile), left));
+        if (plan.splits == 0) {
+          // only the first piece can begin, and only the last can end, inside an item
+          const Cut& cut = tile > 0 ? begin : end;
+          piece.first_slot = 2 * int64_t(cut.first) + 1;
+          piece.rest_slot = 2 * int64_t(cut.first);
+          piece.slot_step = 2;
+          piece.parts = cut.last - cut.first + 1;
+          piece.slot = 2 * int64_t(blockIdx.x) + (tile > 0 ? 0 : 1);
+          piece.counter = cut.first;
+        }
+        const int64_t base = piece.seen.lo & ~(kKeyTile - 1);
+        piece.key_begin = int(min(base + int64_t(tile) * kKeyTile, int64_t(piece.keys)));
+        piece.key_end = int(min(base + int64_t(tile + piece.units) * kKeyTile, int64_t(max(0, piece.seen.hi))));
+        tile += piece.units;
+        left -= piece.units;
+        if (plan.splits < 2 || piece.counter < plan.max_items) f(piece);
+      }
+      tile = 0;
+    }
+  }
+}
+
+// results -----------------------------------------------------------------------------------------------------------
+
+// The logits that row states are kept in. 16-bit kernels: times log2(e), so that exp2 does. Float32: natural, since
+// such a result would show the rounding of log2(e) * x.
+template <class T>
+struct Logits {
+  static constexpr bool kNatural = sizeof(T) == 4;
+  static __device__ __forceinline__ float from_natural(float x) { return kNatural ? x : x * kLog2e; }
+  static __device__ __forceinline__ float exp(float x) { return kNatural ? expf(x) : exp2_fast(x); }
+  static __device__ __forceinline__ float lse(float top, float sum) {
+    return kNatural ? top + logf(sum) : (top + log2f(sum)) * kLn2;
+  }
+};
+
+// Writes 4 outputs of one row. acc and sum are unnormalised, relative to `top`; a sum of 0 means no visible key.
+template <class T>
+__device__ __forceinline__ void write_out(const AttentionParams& p, const Piece& piece, int row, int col, float4 acc,
+                                          float top, float sum) {
+  using L = Logits<T>;
+  const int64_t query_row = piece.query_row(p, row);
+  if (query_row < 0) return;
+  const int head = piece.head(row);
+  const bool empty = sum == 0.f;
+  if (p.sinks && !empty) {
+    const float sink = L::from_natural(__ldg(p.sinks + head)), base = fmaxf(top, sink), w = L::exp(top - base);
+    acc.x *= w, acc.y *= w, acc.z *= w, acc.w *= w;
+    sum = sum * w + L::exp(sink - base);
+    top = base;
+  }
+  const int64_t index = query_row * p.num_heads + head;
+  const float inv = empty ? 0.f : 1.f / sum;
+  if (empty) acc = make_float4(0.f, 0.f, 0.f, 0.f);
+  T* out = static_cast<T*>(p.out) + index * p.head_dim + col;
+  if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<float4*>(out) = make_float4(acc.x * inv, acc.y * inv, acc.z * inv, acc.w * inv);
+  } else {
+    *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(acc.x * inv, acc.y * inv), pack2<T>(acc.z * inv, acc.w * inv));
+  }
+  if (p.lse && col == 0) p.lse[index] = empty ? kNegInf : L::lse(top, sum);
+}
+
+__device__ __forceinline__ void accumulate(float4& acc, float w, float4 x) {
+  acc.x += w * x.x, acc.y += w * x.y, acc.z += w * x.z, acc.w += w * x.w;
+}
+
+// Ends a piece. Shared memory holds `sets` partial results (one for each warp, or one in all): out[set * set_stride +
+// row * row_stride + col] unnormalised, top[set * kRowTile + row] and sum[...] likewise; where sum is 0 the rest of the
+// row is not read. They are merged, then written to `out`, or to the workspace, in which case the CTA that completes
+// the item merges its parts. All threads call it, after a barrier behind the last write; it ends with a barrier.
+template <class T, int kDim>
+__device__ __forceinline__ void finish_piece(const AttentionParams& p, const Plan& plan, const Piece& piece,
+                                             const float* out, const float* top, const float* sum, int sets,
+                                             int set_stride, int row_stride, int* flag) {
+  using L = Logits<T>;
+  constexpr int kCols = kDim / 4;
+  for (int i = threadIdx.x; i < piece.rows * kCols; i += blockDim.x) {
+    const int row = i / kCols, col = (i - row * kCols) * 4;
+    if (col >= p.head_dim) continue;
+    float best = kNegInf, total = 0.f;
+    for (int s = 0; s < sets; ++s) best = fmaxf(best, top[s * kRowTile + row]);
+    const float base = best == kNegInf ? 0.f : best;
+    float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+    for (int s = 0; s < sets; ++s) {
+      if (sum[s * kRowTile + row] == 0.f) continue;
+      const float w = L::exp(top[s * kRowTile + row] - base);
+      total += w * sum[s * kRowTile + row];
+      accumulate(acc, w, *reinterpret_cast<const float4*>(out + s * set_stride + row * row_stride + col));
+    }
+    if (piece.whole()) {
+      write_out<T>(p, piece, row, col, acc, best, total);
+    } else {
+      const int64_t at = piece.slot * kRowTile + row;
+      *reinterpret_cast<float4*>(plan.partial_out + at * kDim + col) = acc;
+      if (col == 0) plan.partial_max[at] = best, plan.partial_sum[at] = total;
+    }
+  }
+  if (!piece.whole()) {
+    __threadfence();  // the partial results are visible to the whole GPU before the counter says so
+    __syncthreads();
+    if (threadIdx.x == 0) *flag = atomicAdd(plan.arrived + piece.counter, piece.units) + piece.units == piece.tiles;
+    __syncthreads();
+    if (*flag) {
+      __threadfence();
+      for (int i = threadIdx.x; i < piece.rows * kCols; i += blockDim.x) {
+        const int row = i / kCols, col = (i - row * kCols) * 4;
+        if (col >= p.head_dim) continue;
+        float best = kNegInf, total = 0.f;
+#pragma unroll 4
+        for (int j = 0; j < piece.parts; ++j)
+          best = fmaxf(best, __ldcg(plan.partial_max + piece.part_slot(j) * kRowTile + row));
+        const float base = best == kNegInf ? 0.f : best;
+        float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 4
+        for (int j = 0; j < piece.parts; ++j) {
+          const int64_t at = piece.part_slot(j) * kRowTile + row;
+          const float w = L::exp(__ldcg(plan.partial_max + at) - base);
+          total += w * __ldcg(plan.partial_sum + at);  // an empty part is stored as zeros with a maximum of -inf
+          accumulate(acc, w, __ldcg(reinterpret_cast<const float4*>(plan.partial_out + at * kDim + col)));
+        }
+        write_out<T>(p, piece, row, col, acc, best, total);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace pagedkv

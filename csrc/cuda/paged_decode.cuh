@@ -1,0 +1,355 @@
+// Paged attention for few query rows a KV head (decode, speculative decoding, or any number with V2), 16-bit queries.
+//
+// A CTA works through its pieces of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows (the GQA
+// group's heads times the query tokens, packed so that a key is read once for all of them), a stretch of keys. Each
+// warp takes every kWarps-th block of 16 keys with a pipeline of its own: kStages slots of K and V in shared memory
+// filled by cp.async, so no barrier is needed between warps until the piece ends, when they merge their online softmax
+// states. Per 16 keys: S = Q K^T (2 n-tiles of mma.m16n8k16, K by ldmatrix), logits, online softmax in float32, P
+// rounded once to the query's type, O += P V (V by ldmatrix.trans; the accumulator layout of S is the operand layout of
+// P). O is rescaled only when a maximum moved.
+//
+// 8-bit caches stay 8-bit in shared memory. ldmatrix moves pairs of bytes: for K a lane gets dimensions 4t .. 4t + 3 of
+// a key where the operand wants 2t, 2t + 1, 2t + 8, 2t + 9, so Q is stored with its dimensions permuted to match; for V
+// (.trans) it gets dimensions 2g, 2g + 1 of keys 2t, 2t + 1, which serve two n-tiles, the even and the odd dimensions.
+// Conversion to 16 bits is exact. The K scale multiplies the logit; the V scale multiplies P in float32, relative to
+// the largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
+//
+// Shared memory: kWarps x kStages x (16 K rows, 16 V rows, [16 K and 16 V scales]), then Q [16, kDim], then softmax
+// states. Rows are swizzled by 16-byte chunk, not padded. When a piece ends, a warp's slots hold its O [16, kDim + 8]
+// float32 for the merge. Registers at kDim 128: O 64, Q 32 (kept in shared memory above 128), S 8.
+//
+// Floor: KV bytes / memory bandwidth (4.28 TB/s on an H200); arithmetic is 16 / group times what is useful, and stays
+// below that floor. Sources: PagedAttention (arXiv:2309.06180), FlashAttention-2 (arXiv:2307.08691), Flash-Decoding
+// (2023), FlashInfer (arXiv:2501.01005, tensor cores for grouped decode).
+#pragma once
+
+#include "attention_plan.cuh"
+
+namespace pagedkv {
+
+template <KVType kKV, int kDim>
+struct DecodeLayout {
+  static_assert(kDim % 32 == 0 && kDim <= 256);
+  static constexpr int kElement = kKV == KVType::kSame ? 2 : 1;
+  static constexpr int kKeys = 16;                         // a slot's keys
+  static constexpr int kChunks = kDim * kElement / 16;     // 16-byte chunks of a row
+  static constexpr int kTileBytes = kKeys * kChunks * 16;  // K or V
+  static constexpr int kScaleBytes = kKV == KVType::kSame ? 0 : 2 * kKeys * 4;
+  static constexpr int kSlotBytes = 2 * kTileBytes + kScaleBytes;
+  static constexpr int kStages = kSlotBytes * 6 <= 24576 ? 6 : kSlotBytes * 3 >= 24576 ? 3 : 24576 / kSlotBytes;
+  static constexpr int kWarpBytes = kStages * kSlotBytes;
+  static constexpr int kMergeStride = kDim + 8;  // floats; the 8 keep the lanes' stores on different banks
+  static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
+  static constexpr int kQueryBytes = kRowTile * kDim * 2;
+
+  static constexpr int bytes(int warps) { return warps * kWarpBytes + kQueryBytes + warps * 2 * kRowTile * 4 + 16; }
+};
+constexpr int kDecodeWarps = 4;
+
+// Uniform facts about the pointers, found on the host.
+struct DecodeAccess {
+  bool query_pairs;  // query rows may be read 4 bytes at a time
+  bool wide;         // cache rows may be read 16 bytes at a time (8-bit rows may be aligned to 8 only)
+};
+
+// kBytes-wide copies of 16 rows of K or V into a slot.
+template <int kChunks, int kBytes>
+__device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
+                                          int64_t row_stride, int row_bytes, uint32_t valid_rows) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kChunks / 2; ++i) {
+    const int e = lane + 32 * i, r = e / kChunks, c = e % kChunks;
+    const bool valid = (valid_rows >> r) & 1;
+    const uint8_t* source = (r < 8 ? first : second) + (r & 7) * row_stride + c * 16;
+    const uint32_t to = target + swizzle<kChunks>(r, c) * 16;
+#pragma unroll
+    for (int b = 0; b < 16; b += kBytes) cp_async<kBytes>(to + b, source + b, valid && c * 16 + b < row_bytes);
+  }
+}
+
+template <class T, KVType kKV, int kDim>
+__global__ void __launch_bounds__(32 * kDecodeWarps)
+    paged_decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
+                        const DecodeAccess access) {
+  using L = DecodeLayout<kKV, kDim>;
+  constexpr bool kQuantized = kKV != KVType::kSame;
+  constexpr bool kQueryInRegisters = kDim <= 128;
+  constexpr int kSteps = kDim / 16;   // k-steps of Q K^T
+  constexpr int kColumns = kDim / 8;  // n-tiles of P V
+
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int g = lane / 4, t = lane % 4;
+  uint8_t* const my_slots = shared + warp * L::kWarpBytes;
+  uint8_t* const query_tile = shared + warps * L::kWarpBytes;
+  float* const tops = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
+  float* const sums = tops + warps * kRowTile;
+  int* const flag = reinterpret_cast<int*>(sums + warps * kRowTile);
+
+  const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
+  const Logit logit(p);
+  const int row_bytes = p.head_dim * L::kElement;
+  const int64_t k_row = p.k_stride_t * L::kElement, v_row = p.v_stride_t * L::kElement;
+  // ldmatrix: the row and chunk that this lane points at, for matrices in the order K and V want them
+  const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
+  const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
+
+  for_each_piece(p, plan, [&](const Piece& piece) {
+    // ---- this warp's blocks of 16 keys
+    const int begin = max(piece.key_begin, piece.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
+    const int step = warps * L::kKeys;
+    const int blocks = begin < piece.key_end ? (piece.key_end - begin + step - 1) / step : 0;
+    const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + piece.kv_head * p.k_stride_h * L::kElement;
+    const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + piece.kv_head * p.v_stride_h * L::kElement;
+    uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
+
+    auto pages = [&](int key) {
+      int2 page;
+      page.x = block_of(p, piece.seq, key);
+      page.y = p.block_size >= L::kKeys ? page.x : block_of(p, piece.seq, key + 8);
+      return page;
+    };
+    auto fill_slot = [&](int slot, int key, int2 page) {
+      usable = (usable & ~(3u << (2 * slot))) | (uint32_t(page.x >= 0) | uint32_t(page.y >= 0) << 1) << (2 * slot);
+      // rows that may be read: in [lo, end) and on a usable page; all others become zeros, since 0 * NaN is NaN
+      const int first_row = max(0, piece.seen.lo - key), end_row = max(0, min(L::kKeys, piece.key_end - key));
+      uint32_t rows = ((1u << end_row) - 1) & ~((1u << min(first_row, L::kKeys)) - 1);
+      rows &= (page.x >= 0 ? 0x00ffu : 0u) | (page.y >= 0 ? 0xff00u : 0u);
+      const int x = max(page.x, 0), y = max(page.y, 0);
+      const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
+      const uint8_t* const k0 = k_base + k_offset(p, x, key, 0) * L::kElement;
+      const uint8_t* const k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
+      const uint8_t* const v0 = v_base + v_offset(p, x, key, 0) * L::kElement;
+      const uint8_t* const v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
+      if (!kQuantized || access.wide) {
+        copy_rows<L::kChunks, 16>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_rows<L::kChunks, 16>(v_at, v0, v1, v_row, row_bytes, rows);
+      } else {
+        copy_rows<L::kChunks, 8>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_rows<L::kChunks, 8>(v_at, v0, v1, v_row, row_bytes, rows);
+      }
+      if constexpr (kQuantized) {
+        const int r = lane % 16;
+        const float* const from =
+            (lane < 16 ? p.k_scale : p.v_scale) + scale_offset(p, r < 8 ? x : y, key + r, piece.kv_head);
+        cp_async<4>(v_at + L::kTileBytes + lane * 4, from, (rows >> r) & 1);
+      }
+    };
+
+    // ---- fill the pipeline, then read Q while those copies fly
+#pragma unroll 1
+    for (int i = 0; i < L::kStages - 1; ++i) {
+      if (i < blocks) fill_slot(i, begin + i * step, pages(begin + i * step));
+      cp_async_commit();
+    }
+    int2 next_page = pages(begin + (L::kStages - 1) * step);  // read one block ahead of its use
+
+    for (int i = threadIdx.x; i < kRowTile * (kDim / 2); i += blockDim.x) {
+      const int r = i / (kDim / 2), pair = i % (kDim / 2);
+      uint32_t value = 0;
+      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
+      if (row >= 0 && 2 * pair < p.head_dim) {
+        const uint16_t* q =
+            static_cast<const uint16_t*>(p.q) + row * p.q_stride_t + piece.head(r) * p.q_stride_h + 2 * pair;
+        value = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q))
+                                   : uint32_t(__ldg(q)) | uint32_t(__ldg(q + 1)) << 16;
+      }
+      const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
+      *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = value;
+    }
+    __syncthreads();
+
+    auto load_query = [&](uint32_t (&a)[4], int s) {
+      ldmatrix_x4(a, query_at + swizzle<kDim / 8>(v_lane_row, 2 * s + v_lane_chunk) * 16);
+    };
+    uint32_t q[kQueryInRegisters ? kSteps : 1][4];
+    if constexpr (kQueryInRegisters) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) load_query(q[s], s);
+    }
+
+    // ---- this lane's two rows, g and g + 8
+    KeyRange seen[2];
+    int position[2];
+    float slope[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int r = g + 8 * h;
+      position[h] = piece.position(r);
+      seen[h] = r < piece.rows ? visible_keys(p, position[h], piece.keys) : KeyRange{0, 0};
+      slope[h] = p.alibi_slopes && r < piece.rows ? __ldg(p.alibi_slopes + piece.head(r)) * kLog2e : 0.f;
+    }
+
+    float o[kColumns][4] = {};
+    float top[2] = {kNegInf, kNegInf}, sum[2] = {0.f, 0.f};
+    float unit = 1e-30f;  // quantised: o counts in this, the largest |V scale| so far
+
+    auto attend = [&](int slot, int key) {
+      const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
+      const float* const scales = reinterpret_cast<const float*>(my_slots + slot * L::kSlotBytes + 2 * L::kTileBytes);
+
+      float x[2][4] = {};
+      if constexpr (!kQuantized) {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          uint32_t b[4];
+          ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, 2 * s + k_lane_chunk) * 16);
+          if constexpr (!kQueryInRegisters) load_query(q[0], s);
+          const auto& a = q[kQueryInRegisters ? s : 0];
+          mma_16816<T>(x[0], a, b[0], b[1]);
+          mma_16816<T>(x[1], a, b[2], b[3]);
+        }
+      } else {
+#pragma unroll
+        for (int s = 0; s < kSteps; s += 2) {  // a 16-byte chunk is a k-step; the four matrices are 2 chunks x 16 keys
+          uint32_t b[4];
+          ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, s + k_lane_chunk) * 16);
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            if constexpr (!kQueryInRegisters) load_query(q[0], s + u);
+            const auto& a = q[kQueryInRegisters ? s + u : 0];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              uint32_t b0, b1;
+              dequantize4<T, kKV, true>(b[2 * n + u], b0, b1);
+              mma_16816<T>(x[n], a, b0, b1);
+            }
+          }
+        }
+      }
+
+      // ---- logits and the new maxima; element e of n-tile n: row g + 8 * (e / 2), key 8n + 2t + e % 2
+      float tile_top[2] = {kNegInf, kNegInf};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const bool usable_half = (usable >> (2 * slot + n)) & 1;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int column = 8 * n + 2 * t + e % 2, h = e / 2, pos = key + column;
+          float value = x[n][e];
+          if constexpr (kQuantized) value *= scales[column];
+          value = logit(value) + slope[h] * float(pos - position[h]);
+          // no test against key_end: it is a multiple of 16, or nothing is visible from there on
+          const bool visible = usable_half && pos >= seen[h].lo && pos < seen[h].hi;
+          x[n][e] = visible ? value : kNegInf;
+          tile_top[h] = fmaxf(tile_top[h], x[n][e]);
+        }
+      }
+      float shrink[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        tile_top[h] = fmaxf(tile_top[h], __shfl_xor_sync(0xffffffffu, tile_top[h], 1));
+        tile_top[h] = fmaxf(tile_top[h], __shfl_xor_sync(0xffffffffu, tile_top[h], 2));
+        const float now = fmaxf(top[h], tile_top[h]), base = now == kNegInf ? 0.f : now;
+        shrink[h] = now == top[h] ? 1.f : exp2_fast(top[h] - base);  // exactly 1 also for the rows that pad the tile
+        top[h] = now;
+        float part = 0.f;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 2 * h; e < 2 * h + 2; ++e) part += x[n][e] = exp2_fast(x[n][e] - base);
+        }
+        sum[h] = sum[h] * shrink[h] + part;
+      }
+      if constexpr (kQuantized) {
+        float v_scale[2][2], largest = unit;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            v_scale[n][e] = scales[L::kKeys + 8 * n + 2 * t + e];
+            largest = fmaxf(largest, fabsf(v_scale[n][e]));
+          }
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+        const float inv = 1.f / largest, units = largest == unit ? 1.f : unit * inv;
+        shrink[0] *= units, shrink[1] *= units;
+        unit = largest;
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[n][e] *= v_scale[n][e % 2] * inv;
+        }
+      }
+      if (__any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f)) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          o[c][0] *= shrink[0], o[c][1] *= shrink[0];
+          o[c][2] *= shrink[1], o[c][3] *= shrink[1];
+        }
+      }
+      const uint32_t a[4] = {pack2<T>(x[0][0], x[0][1]), pack2<T>(x[0][2], x[0][3]), pack2<T>(x[1][0], x[1][1]),
+                             pack2<T>(x[1][2], x[1][3])};
+#pragma unroll
+      for (int c = 0; c < L::kChunks; c += 2) {
+        uint32_t b[4];
+        ldmatrix_x4_trans(b, v_at + swizzle<L::kChunks>(v_lane_row, c + v_lane_chunk) * 16);
+        if constexpr (!kQuantized) {
+          mma_16816<T>(o[c], a, b[0], b[1]);
+          mma_16816<T>(o[c + 1], a, b[2], b[3]);
+        } else {
+#pragma unroll
+          for (int u = 0; u < 2; ++u) {
+            uint32_t even[2], odd[2];
+            dequantize4<T, kKV, false>(b[2 * u], even[0], odd[0]);
+            dequantize4<T, kKV, false>(b[2 * u + 1], even[1], odd[1]);
+            mma_16816<T>(o[2 * (c + u)], a, even[0], even[1]);
+            mma_16816<T>(o[2 * (c + u) + 1], a, odd[0], odd[1]);
+          }
+        }
+      }
+    };
+
+    // ---- the warp's loop. Block i sits in slot i % kStages; the slot of block i - 1 is refilled once all lanes are
+    // past it.
+    int slot = 0, free_slot = L::kStages - 1;
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+      cp_async_wait<L::kStages - 2>();
+      __syncwarp();
+      const int ahead = i + L::kStages - 1;
+      if (ahead < blocks) {
+        const int2 page = next_page;
+        next_page = pages(begin + (ahead + 1) * step);
+        fill_slot(free_slot, begin + ahead * step, page);
+      }
+      cp_async_commit();
+      attend(slot, begin + i * step);
+      free_slot = slot;
+      slot = slot + 1 == L::kStages ? 0 : slot + 1;
+    }
+    cp_async_wait<0>();
+    __syncwarp();  // all lanes have read the last slot: the slots become the merge buffer
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+      sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+      const int r = g + 8 * h;
+      if (t == 0) tops[warp * kRowTile + r] = top[h], sums[warp * kRowTile + r] = sum[h];
+      if (r >= piece.rows || sum[h] == 0.f) continue;
+      float* const row = reinterpret_cast<float*>(my_slots) + r * L::kMergeStride;
+      if constexpr (!kQuantized) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c)
+          *reinterpret_cast<float2*>(row + 8 * c + 2 * t) = make_float2(o[c][2 * h], o[c][2 * h + 1]);
+      } else {
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 2)  // even and odd dimensions of 16
+          *reinterpret_cast<float4*>(row + 8 * c + 4 * t) = make_float4(
+              o[c][2 * h] * unit, o[c + 1][2 * h] * unit, o[c][2 * h + 1] * unit, o[c + 1][2 * h + 1] * unit);
+      }
+    }
+    __syncthreads();
+    finish_piece<T, kDim>(p, plan, piece, reinterpret_cast<const float*>(shared), tops, sums, warps, L::kWarpBytes / 4,
+                          L::kMergeStride, flag);
+  });
+}
+
+// paged_decode.cu instantiates one kDim a compile unit.
+template <class T, int kDim>
+void launch_decode_dim(const AttentionParams& p, KVType kv, int num_splits, const Tensor& like, cudaStream_t stream);
+
+}  // namespace pagedkv

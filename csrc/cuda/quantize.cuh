@@ -1,0 +1,120 @@
+// One row of a KV cache: eight elements a thread, stored as they are or quantised with a scale for the row. The bits
+// are those of quantize_rows in torch_pagedkv/ops/cache.py:
+//     scale = amax / max;  inverse = 1 / scale (0 for a row of zeros);  stored = round_to_nearest_even(x * inverse)
+// with IEEE divisions (nvcc's default, -prec-div=true).
+#pragma once
+
+#include "reduce.cuh"
+
+namespace pagedkv {
+
+constexpr int kChunk = 8;  // elements of a row that one thread holds; strides and head_dim are multiples of it
+
+template <class C>
+constexpr float kQuantMax = 0.f;  // 0: not quantised
+template <>
+constexpr float kQuantMax<int8_t> = 127.f;
+template <>
+constexpr float kQuantMax<__nv_fp8_e4m3> = 448.f;
+template <class C>
+constexpr bool kQuantized = kQuantMax<C> > 0.f;
+
+template <>
+__device__ __forceinline__ int8_t from_float<int8_t>(float x) {
+  return int8_t(max(-127, min(127, __float2int_rn(x))));  // NaN gives 0, as the conversion does on the host
+}
+template <>
+__device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
+  return __nv_fp8_e4m3(x);  // to nearest even, saturating; NaN stays NaN
+}
+
+struct RowScale {
+  float scale, inverse;
+};
+// Over the `width` lanes that hold the row (all lanes of the warp must arrive). The largest magnitude is taken on the
+// bits: those of positive floats are in order, and a NaN tops them all, so it reaches the scale.
+template <class C, class T>
+__device__ __forceinline__ RowScale row_scale(const Vec<T, kChunk>& x, int width) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) bits = max(bits, __float_as_uint(to_float(x.v[i])) & 0x7fffffffu);
+  const float amax = __uint_as_float(group_reduce(bits, width, Max{}));
+  const float scale = __fdiv_rn(amax, kQuantMax<C>);
+  return {scale, scale > 0.f ? __fdiv_rn(1.f, scale) : 0.f};
+}
+
+// Stores one thread's chunk; `inverse` is used by a quantised cache only.
+template <class C, class T>
+__device__ __forceinline__ void store_chunk(C* out, const Vec<T, kChunk>& x, float inverse) {
+  Vec<C, kChunk> y;
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if constexpr (kQuantized<C>)
+      y.v[i] = from_float<C>(__fmul_rn(to_float(x.v[i]), inverse));
+    else
+      y.v[i] = x.v[i];
+  }
+  store_vec<C, kChunk>(out, y);
+}
+
+// [num_blocks, block_size, Hkv, D] with its scales [num_blocks, block_size, Hkv]
+struct CacheView {
+  void* data;
+  float* scale;
+  int64_t stride_block, stride_token, stride_head;  // elements
+};
+struct CacheShape {
+  int64_t slots;  // num_blocks * block_size
+  int block_shift, block_mask, heads;
+};
+
+inline CacheView cache_view(const Tensor& cache, const OptTensor& scale) {
+  return {cache.mutable_data_ptr(), scale.has_value() ? scale->mutable_data_ptr<float>() : nullptr, cache.stride(0),
+          cache.stride(1), cache.stride(2)};
+}
+inline CacheShape cache_shape(const Tensor& cache) {
+  const int block_size = int(cache.size(1));
+  return {cache.size(0) * block_size, __builtin_ctz(unsigned(block_size)), block_size - 1, int(cache.size(2))};
+}
+
+__device__ __forceinline__ int64_t cache_offset(const CacheView& c, const CacheShape& s, int64_t slot, int head) {
+  return (slot >> s.block_shift) * c.stride_block + (slot & s.block_mask) * c.stride_token + head * c.stride_head;
+}
+
+// Writes the row of (slot, head), one chunk a thread. Every lane of the warp must arrive; lanes that hold nothing pass
+// zeros and keep = false.
+template <class C, class T>
+__device__ __forceinline__ void write_row(const CacheView& c, const CacheShape& s, int64_t slot, int head, int lane,
+                                          int width, const Vec<T, kChunk>& x, bool keep) {
+  RowScale q{};
+  if constexpr (kQuantized<C>) q = row_scale<C>(x, width);
+  if (!keep) return;
+  store_chunk<C>(static_cast<C*>(c.data) + cache_offset(c, s, slot, head) + lane * kChunk, x, q.inverse);
+  if constexpr (kQuantized<C>) {
+    if (lane == 0) c.scale[slot * s.heads + head] = q.scale;
+  }
+}
+
+// f is called with a value of the storage type of a cache that takes keys of type T.
+template <class T, class F>
+inline void dispatch_cache(ScalarType cache, F&& f) {
+  switch (cache) {
+    case ScalarType::Char:
+      f(int8_t{});
+      return;
+    case ScalarType::Float8_e4m3fn:
+      f(__nv_fp8_e4m3{});
+      return;
+    default:
+      f(T{});  // the checks made sure that it is the keys' dtype
+  }
+}
+
+// Lanes that hold a row of head_dim elements: a power of two up to 32, so that groups do not straddle warps.
+inline unsigned row_lanes(int64_t head_dim) {
+  unsigned lanes = 1;
+  while (lanes * kChunk < head_dim) lanes *= 2;
+  return lanes;
+}
+
+}  // namespace pagedkv

@@ -1,0 +1,1 @@
+"""Real models, demonstrations and measurements; packaged as ``torch_pagedkv.evals``."""

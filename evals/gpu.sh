@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one go: build for it, the kernels against their references, the GPU tests, NVIDIA's checkers,
+# the benchmarks. Prints a line for each step; logs and JSON go to a folder.
+#
+#   evals/gpu.sh [-o FOLDER] [STEP ...]      steps: build check tests memcheck racecheck initcheck bench accuracy speed
+#
+# Runs in the environment as it is (its own torch); nothing is installed.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${OUT:-build/gpu}
+[ "${1:-}" = -o ] && out=$2 && shift 2
+mkdir -p "$out"
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+steps=("$@")
+[ ${#steps[@]} = 0 ] && steps=(build check tests memcheck racecheck initcheck bench)
+checker() { compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 "$python" tests/gpu/sanitize.py; }
+
+command_of() {
+  case $1 in
+    build) TORCH_PAGEDKV_CUDA_ARCHS=${TORCH_PAGEDKV_CUDA_ARCHS:-native} "$python" torch_pagedkv/build.py ;;
+    check) "$python" tests/gpu/sanitize.py ;;
+    tests) "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=5 ;;
+    memcheck | racecheck | initcheck) checker "$1" ;;
+    bench) "$python" -m torch_pagedkv.cli bench --device cuda --json "$out/kernels-cuda.json" ;;
+    accuracy) "$python" -m torch_pagedkv.evals.accuracy --device cuda --json "$out/accuracy-cuda.json" ;;
+    speed) "$python" -m torch_pagedkv.evals.speed --device cuda --random llama3-8b --json "$out/speed-cuda.json" ;;
+    *) echo "unknown step" && return 2 ;;
+  esac
+}
+
+failed=0
+for step in "${steps[@]}"; do
+  began=$SECONDS
+  if command_of "$step" > "$out/$step.log" 2>&1; then state=ok; else state=FAILED failed=1; fi
+  printf '%-10s %-6s %4d s  %s\n' "$step" "$state" $((SECONDS - began)) "$(tail -n 1 "$out/$step.log" | cut -c1-150)"
+done
+exit $failed

@@ -1,0 +1,100 @@
+"""Inputs for every op but attention: for opcheck, for compiling, and to compare devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Sample = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+QUANTIZED = [torch.int8, torch.float8_e4m3fn]
+
+
+class Inputs:
+    """Random tensors on a device, the same ones for every device."""
+
+    def __init__(self, device: str, seed: int = 0) -> None:
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        """Normal random numbers."""
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, dtype)
+
+    def permutation(self, n: int, count: int) -> Tensor:
+        """`count` different numbers below n, int64."""
+        return torch.randperm(n, generator=self.generator)[:count].to(self.device)
+
+    def vector(self, values: list[Any], dtype: torch.dtype) -> Tensor:
+        """A vector of these values."""
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def cache(
+        self, blocks: int, block_size: int, heads: int, d: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """key_cache, value_cache, k_scale, v_scale with something in each entry; no scales unless quantised."""
+        shape = (blocks, block_size, heads, d)
+        if dtype not in QUANTIZED:
+            return self.normal(*shape, dtype=dtype), self.normal(*shape, dtype=dtype), None, None
+        k, v = (self.normal(*shape, scale=20).to(dtype) for _ in range(2))
+        return k, v, self.normal(*shape[:3]).abs(), self.normal(*shape[:3]).abs()
+
+    def rotation(self, tokens: int, half: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """cos and sin of random angles."""
+        angle = self.normal(tokens, half, scale=3).cpu()
+        return angle.cos().to(self.device, dtype), angle.sin().to(self.device, dtype)
+
+
+def samples(device: str) -> Iterator[Sample]:
+    """Yield (op name, args, kwargs) for `torch.ops.torch_pagedkv`, fresh tensors each time."""
+    new = Inputs(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+        k, v, k_scale, v_scale = new.cache(3, 8, 2, 16, dtype)
+        source = torch.float16 if dtype in QUANTIZED else dtype
+        key, value = new.normal(5, 2, 16, dtype=source), new.normal(5, 2, 16, dtype=source)
+        slots = new.permutation(24, 5)
+        slots[1] = -1
+        yield "reshape_and_cache", (key, value, k, v, slots, k_scale, v_scale), {}
+        cos, sin = new.rotation(5, 6)
+        query = new.normal(5, 4, 16, dtype=source)
+        k, v, k_scale, v_scale = new.cache(3, 8, 2, 16, dtype)
+        args = (query, key, value, cos, sin, k, v, slots, dtype == torch.bfloat16, k_scale, v_scale)
+        yield "rotary_and_cache", args, {}
+        k, v, k_scale, v_scale = new.cache(4, 8, 2, 16, dtype)
+        tables = new.vector([[2, 0], [1, 7], [3, 9]], torch.int32)
+        lens, starts = new.vector([11, 8, 0], torch.int32), new.vector([1, 12, 0], torch.int32)
+        yield "gather_cache", (k, v, tables, lens, starts, 24, source, k_scale, v_scale), {}
+    mixed = [new.normal(4, 8, 2, 16), new.normal(4, 8, 2), new.normal(4, 8, 2, 16).to(torch.int8)]
+    yield "copy_blocks", (mixed, new.vector([[0, 2], [3, 1]], torch.int64)), {}
+    yield "swap_blocks", (new.normal(3, 8, 4), new.normal(5, 8, 4), torch.tensor([[0, 4], [2, 1]])), {}
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x, residual = new.normal(2, 3, 40, dtype=dtype), new.normal(2, 3, 40, dtype=dtype)
+        weight, bias = new.normal(40, dtype=dtype), new.normal(40)
+        yield "rms_norm", (x, weight, 1e-6), {"round_before_weight": True}
+        yield "add_rms_norm", (x, residual, weight.float(), 1e-6, 1.0), {}
+        yield "layer_norm", (x, weight, bias, 1e-5), {}
+        cos, sin = new.rotation(3, 8, dtype)
+        query, key = new.normal(3, 4, 16, dtype=dtype), new.normal(3, 2, 16, dtype=dtype)
+        yield "rotary_embedding", (query, key, cos, sin), {}
+        yield "silu_and_mul", (x, residual), {}
+        yield "gelu_and_mul", (x, residual, "tanh"), {}
+        yield "bias_act", (x, weight, "gelu"), {}
+        yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
+        seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
+        parameters = {
+            "temperature": new.vector([0.0, 0.7, 1.3], torch.float32),
+            "top_k": new.vector([0, 9, 40], torch.int32),
+            "top_p": new.vector([1.0, 0.9, 0.8], torch.float32),
+            "min_p": new.vector([0.0, 0.0, 0.05], torch.float32),
+        }
+        yield "sample", (new.normal(3, 70, dtype=dtype), seeds, offsets), parameters
+    yield "rms_norm", (new.normal(3, 17), None, 1e-6), {}
+    yield "layer_norm", (new.normal(3, 17), None, None, 1e-5), {}
+    yield "rotary_embedding", (new.normal(3, 4, 16), None, *new.rotation(3, 5), True), {}
+    yield "bias_act", (new.normal(3, 17), None, "relu2"), {}
+    yield "sample", (new.normal(2, 33), new.vector([5, 6], torch.int64), new.vector([0, 1], torch.int64)), {}
+    yield "rms_norm", (new.normal(0, 8), None, 1e-6), {}

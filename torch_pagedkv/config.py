@@ -1,0 +1,107 @@
+"""`PagedConfig`: every option of `torch_pagedkv.patch`, with its meaning, default and error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .kv.blocks import Salt
+from .kv.pool import BLOCK_SIZES, CACHE_DTYPES
+
+Fuse = Literal["auto"] | bool
+
+_FUSE = ("auto", True, False)
+
+
+@dataclass(frozen=True)
+class PagedConfig:
+    """Options of a patched model. Invalid values raise `ValueError` (a wrong type: `TypeError`) when it is made.
+
+    Attributes:
+        block_size: tokens in a block of the cache: 8, 16, 32, 64 or 128. Only whole blocks are shared as prefixes, so a
+            small block finds more, a large one makes shorter block tables.
+        kv_cache_dtype: None stores keys and values in the model's dtype; "int8" or "fp8" (e4m3) store them quantised
+            with a float32 scale for each token and head. An error at patch() if the device has no kernels for it.
+        num_blocks: size of the cache in blocks. None: on CUDA from `memory_fraction`, on the CPU grown when needed.
+            A prompt that cannot fit is an error before `generate()` starts.
+        memory_fraction: on CUDA without `num_blocks`, the share in (0, 1] of the memory free at first use.
+        max_blocks: up to how many blocks the cache may grow. None: the size that `num_blocks` or `memory_fraction`
+            gives; without either, what memory allows.
+        prefix_caching: keep the blocks of finished sequences and reuse them for prompts with the same beginning.
+        salt: prefixes are shared only between models' calls under the same salt: set one to keep tenants apart.
+        long_prompts: "error": a prompt longer than the model's positions (learned, or rotary without scaling) is a
+            `ValueError` before any work. "allow": let the model run over its limit where it can, as stock
+            transformers does with rotary positions.
+        attention: False keeps the stock attention and cache, and only the fusions below are applied.
+        fuse_norm: RMSNorm and LayerNorm, with the residual add in front of them, in one kernel. Here and below "auto"
+            fuses where the module is recognised and probed to be equal, True demands it (`UnsupportedModelError` if
+            no module of the model can be fused), False leaves it.
+        fuse_mlp: the activation of a (gated) MLP and its product in one kernel.
+        fuse_rotary: the rotary embedding and the cache write in one kernel.
+        fuse_linear: projections of the same input (q, k, v; gate, up) in one matrix product.
+    """
+
+    block_size: int = 16
+    kv_cache_dtype: str | None = None
+    num_blocks: int | None = None
+    memory_fraction: float = 0.9
+    max_blocks: int | None = None
+    prefix_caching: bool = True
+    salt: Salt = None
+    long_prompts: Literal["error", "allow"] = "error"
+    attention: bool = True
+    fuse_norm: Fuse = "auto"
+    fuse_mlp: Fuse = "auto"
+    fuse_rotary: Fuse = "auto"
+    fuse_linear: Fuse = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("block_size", self.block_size, BLOCK_SIZES, "a power of two")
+        _one_of("kv_cache_dtype", self.kv_cache_dtype, (None, *CACHE_DTYPES), "None is the model's dtype")
+        _one_of("long_prompts", self.long_prompts, ("error", "allow"))
+        for name in ("num_blocks", "max_blocks"):
+            _positive(name, getattr(self, name))
+        if self.num_blocks is not None and self.max_blocks is not None and self.max_blocks < self.num_blocks:
+            raise ValueError(f"max_blocks: got {self.max_blocks}, less than num_blocks={self.num_blocks}")
+        if not isinstance(self.memory_fraction, (int, float)) or not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction: got {self.memory_fraction!r}, needs a number in (0, 1]")
+        if not isinstance(self.salt, (str, bytes, int, type(None))):
+            raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
+        for name in ("prefix_caching", "attention"):
+            _one_of(name, getattr(self, name), (True, False))
+        for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear"):
+            _one_of(name, getattr(self, name), _FUSE)
+
+    @classmethod
+    def merge(cls, config: PagedConfig | None, options: dict[str, Any]) -> PagedConfig:
+        """`config` (default: all defaults) with `options` in place of its fields.
+
+        Raises:
+            TypeError: `config` is something else, or an option does not exist; the nearest one is named.
+            ValueError: a value is out of range.
+        """
+        if config is not None and not isinstance(config, cls):
+            raise TypeError(f"config: got {type(config).__name__}, needs a PagedConfig (or give options by keyword)")
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+                raise TypeError(f"unknown option {name!r}: {hint}")
+        return dataclasses.replace(config or cls(), **options)
+
+
+def _one_of(name: str, value: object, choices: tuple[object, ...], note: str = "") -> None:
+    # 1 == True and 16.0 == 16, but they are not what was meant
+    if not any(value == choice and type(value) is type(choice) for choice in choices):
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{name}: got {value!r}, needs one of {listed}" + (f" ({note})" if note else ""))
+
+
+def _positive(name: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, needs None or an integer >= 1")
