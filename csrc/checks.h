@@ -283,8 +283,7 @@ inline void check_rotary(const char* op, const Tensor& q, const Tensor* k, const
   }
   check_shape(op, "cos", cos, {q.size(0), -1}, "[T, R / 2]");
   check_shape(op, "sin", sin, {q.size(0), cos.size(1)}, "cos's shape");
-  PAGEDKV_CHECK(2 * cos.size(1) <= q.size(2), op, "cos", "shape " << shape_of(cos), "R / 2 <= D / 2 = ",
-                q.size(2) / 2);
+  PAGEDKV_CHECK(2 * cos.size(1) <= q.size(2), op, "cos", "shape " << shape_of(cos), "R / 2 <= D / 2 = ", q.size(2) / 2);
   for (auto [arg, t] : {std::pair<const char*, const Tensor*>{"cos", &cos}, {"sin", &sin}}) {
     PAGEDKV_CHECK(t->scalar_type() == q.scalar_type() || t->scalar_type() == ScalarType::Float, op, arg, dtype_of(*t),
                   "query's dtype, ", dtype_of(q), ", or float32");

@@ -48,15 +48,15 @@ template <class... Args>
   (s << ... << args);
   throw std::runtime_error(s.str());
 }
-// Every message reads "op: argument: got X, needs Y" (STD_TORCH_CHECK would put a source path in front of it). `got` may
-// be a chain of <<.
-#define PAGEDKV_CHECK(cond, op, arg, got, ...)                    \
-  do {                                                            \
-    if (!(cond)) {                                                \
-      std::ostringstream message;                                 \
-      message << op << ": " << arg << ": got " << got;            \
-      ::pagedkv::fail(message.str(), ", needs ", __VA_ARGS__);    \
-    }                                                             \
+// Every message reads "op: argument: got X, needs Y" (STD_TORCH_CHECK would put a source path in front of it). `got`
+// may be a chain of <<.
+#define PAGEDKV_CHECK(cond, op, arg, got, ...)                 \
+  do {                                                         \
+    if (!(cond)) {                                             \
+      std::ostringstream message;                              \
+      message << op << ": " << arg << ": got " << got;         \
+      ::pagedkv::fail(message.str(), ", needs ", __VA_ARGS__); \
+    }                                                          \
   } while (0)
 
 // Calls f with a value of the C++ type behind a float32 / float16 / bfloat16 dtype.

@@ -11,10 +11,10 @@ namespace pagedkv {
 using Pair = std::tuple<Tensor, Tensor>;
 
 // attention ----------------------------------------------------------------------------------------------------------
-using paged_attention_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
-                                Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
-                                OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks,
-                                OptTensor k_scale, OptTensor v_scale, bool return_lse);
+using paged_attention_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
+                                Tensor seq_lens, Tensor query_start, Tensor query_len, int64_t max_query_len,
+                                double scale, bool causal, OptTensor alibi_slopes, int64_t sliding_window,
+                                double softcap, OptTensor sinks, OptTensor k_scale, OptTensor v_scale, bool return_lse);
 using paged_attention_v1_fn = paged_attention_fn;
 using paged_attention_v2_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
                                    Tensor seq_lens, Tensor query_start, Tensor query_len, int64_t max_query_len,
@@ -60,6 +60,6 @@ using argmax_fn = Tensor(Tensor logits);
 
 }  // namespace pagedkv
 
-#define PAGEDKV_IMPL(m, op, fn)                                                     \
+#define PAGEDKV_IMPL(m, op, fn)                                                       \
   static_assert(std::is_same_v<decltype(fn), pagedkv::op##_fn>, "signature of " #op); \
   m.impl(#op, TORCH_BOX(&fn))

@@ -1,8 +1,8 @@
 """Attention on pages, through transformers' attention and mask interfaces.
 
-Two names are registered, for the two stock implementations that a patched model falls back to. The patched model's
-config names one of them; in a paged step `PagedCache.update` has returned a `PagedLayer` in place of keys and values and
-`paged_attention` reads the pages, and in every other case (no paged cache, a dense step, training) the stock function
+Two names are registered, for the two stock implementations that a patched model falls back to, and the patched model's
+config says one of them. In a paged step `PagedCache.update` has returned a `PagedLayer` in place of keys and values,
+and `paged_attention` reads the pages; in every other case (no paged cache, a dense step, training) the stock function
 runs with the stock mask.
 """
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +102,14 @@ def is_update(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"
 
 
-@functools.cache
 def attention_form(cls: type) -> AttentionForm | None:
     """The form of an attention class, or None if its forward updates no cache."""
-    tree = match.function_tree(cls.forward)  # type: ignore[attr-defined]
+    return _form_of(cls.forward)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _form_of(forward: Callable[..., Any]) -> AttentionForm | None:
+    tree = match.function_tree(forward)
     if tree is None or not any(is_update(node) for node in ast.walk(tree)):
         return None
     updates = [n for n in ast.walk(tree) if isinstance(n, ast.Assign) and is_update(n.value)]
@@ -267,7 +272,7 @@ def _attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         if recipe is not None and (why := recipe.refuses(module)):
             raise UnsupportedModelError(f"{type(model).__name__}: {name} ({type(module).__name__}): {why}")
         found[name] = module
-    layers = [module.layer_idx for module in found.values()]
+    layers = [_layer(module) for module in found.values()]
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no attention with a layer_idx that updates a key-value cache: a state-space "
@@ -275,7 +280,11 @@ def _attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
         )
     if sorted(layers) != list(range(len(layers))):
         raise UnsupportedModelError(f"{type(model).__name__}: the attention layers are numbered {sorted(layers)}")
-    return dict(sorted(found.items(), key=lambda item: int(item[1].layer_idx)))
+    return dict(sorted(found.items(), key=lambda item: _layer(item[1])))
+
+
+def _layer(module: nn.Module) -> int:
+    return int(vars(module)["layer_idx"])
 
 
 def _shapes(model: PreTrainedModel, attention: dict[str, nn.Module]) -> tuple[tuple[LayerSpec, ...], torch.dtype]:

@@ -39,7 +39,7 @@ def mpt_slopes(num_heads: int, bias_max: float, device: torch.device) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
-def _bloom(self: nn.Module, kv: PagedLayer, cache: Any, hidden_states: Tensor, residual: Tensor, **_: Any) -> Any:
+def _bloom(self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, residual: Tensor, **_: Any) -> Any:
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     kv, _ = cache.update(key, value, self.layer_idx)
     out = attend(kv, query, scaling=self.inv_norm_factor, alibi_slopes=_slopes(self, "num_heads", alibi_slopes))
@@ -47,7 +47,7 @@ def _bloom(self: nn.Module, kv: PagedLayer, cache: Any, hidden_states: Tensor, r
 
 
 def _falcon(
-    self: nn.Module,
+    self: Any,
     kv: PagedLayer,
     cache: Any,
     hidden_states: Tensor,
@@ -68,7 +68,7 @@ def _falcon(
     return self.dense(out.flatten(2)), None
 
 
-def _mpt(self: nn.Module, kv: PagedLayer, cache: Any, hidden_states: Tensor, position_bias: Tensor, **_: Any) -> Any:
+def _mpt(self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, position_bias: Tensor, **_: Any) -> Any:
     qkv = self.Wqkv(hidden_states)
     if self.clip_qkv:
         qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
@@ -89,7 +89,7 @@ def _slopes(module: nn.Module, heads: str, make: Callable[[int, torch.device], T
     return slopes
 
 
-def _falcon_alibi_limit(module: nn.Module) -> int | None:
+def _falcon_alibi_limit(module: Any) -> int | None:
     """Falcon rounds slope * position to bfloat16, which is exact up to position 256 if the slopes are powers of two.
     Beyond, the rounded biases are what the model was trained with, so its own forward runs."""
     if not getattr(module.config, "alibi", False):
@@ -114,8 +114,8 @@ class Recipe:
     cache_argument: str
     positional: tuple[str, ...]
     counts_columns: bool = False
-    dense_after: Callable[[nn.Module], int | None] = lambda module: None
-    refuses: Callable[[nn.Module], str] = lambda module: ""
+    dense_after: Callable[[Any], int | None] = lambda module: None
+    refuses: Callable[[Any], str] = lambda module: ""
 
 
 #: class name -> recipe
@@ -138,7 +138,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Bound to each attention module of a family: its recipe in a paged step, else its class's forward."""
     recipe = RECIPES[type(self).__name__]
     named = dict(zip(recipe.positional, args))

@@ -1,4 +1,4 @@
-"""Bindings on the model itself: `generate` makes a paged cache and frees it, each forward pass is planned before it runs.
+"""Bindings on the model itself: `generate` makes a paged cache and frees it, and each forward pass is planned first.
 
 Bound to the instance, around whatever was bound there before: `generate`, `forward`, `prepare_inputs_for_generation`,
 `_prepare_cache_for_generation` (where transformers decides about the cache) and `_expand_inputs_for_generation` (the

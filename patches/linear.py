@@ -51,7 +51,7 @@ class FusedLinear:
         if len({id(p.weight) for p in parts}) != len(parts):
             return None
         weight = _join([p.weight for p in parts], log)
-        bias = None if first.bias is None else _join([p.bias for p in parts], log)
+        bias = None if first.bias is None else _join([p.bias for p in parts if p.bias is not None], log)
         return cls(parts, weight, bias)
 
     def is_current(self) -> bool:
@@ -62,7 +62,7 @@ class FusedLinear:
         return F.linear(x, self.weight, self.bias).split(self.sizes, -1)
 
 
-def _join(parameters: Sequence[nn.Parameter], log: PatchLog) -> Tensor:
+def _join(parameters: Sequence[Tensor], log: PatchLog) -> Tensor:
     joined = torch.cat([p.detach() for p in parameters])
     for parameter, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
@@ -70,7 +70,7 @@ def _join(parameters: Sequence[nn.Parameter], log: PatchLog) -> Tensor:
     return joined
 
 
-def _own_storage(parameter: nn.Parameter) -> None:
+def _own_storage(parameter: Tensor) -> None:
     parameter.data = parameter.detach().clone()
 
 

@@ -84,10 +84,10 @@ def _spec(module: nn.Module) -> GatedMLPSpec | None:
 
 
 @torch.no_grad()
-def _reproduces(module: nn.Module, in_features: int, like: Tensor) -> bool:
+def _reproduces(module: Any, in_features: int, like: Tensor) -> bool:
     x = torch.randn(3, in_features, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     try:
-        want = type(module).forward(module, x)  # type: ignore[operator]
+        want = type(module).forward(module, x)
         got = module.forward(x)
     except Exception:
         return False
@@ -100,13 +100,14 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
     if not config.fuse_mlp:
         return
     for name, module in match.modules_of(model):
-        if not type(module).__name__.endswith(("MLP", "FeedForward")):
+        cls: Any = type(module)
+        if not cls.__name__.endswith(("MLP", "FeedForward")):
             continue
         spec = _spec(module)
         if spec is None:
             log.kept(name, "mlp", "it is not gate, up and down projections with a known activation")
             continue
-        if match.is_bound_elsewhere(module) or not match.is_straight_line(type(module)):
+        if match.is_bound_elsewhere(module) or not match.is_straight_line(cls):
             log.kept(name, "mlp", "its forward branches, or something else is bound to it")
             continue
         gate, up = getattr(module, spec.gate), getattr(module, spec.up)

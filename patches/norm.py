@@ -35,7 +35,7 @@ def spec_of(module: nn.Module) -> RMSNormSpec | None:
     return vars(module).get("_pagedkv_norm")
 
 
-def _rms_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     x = match.first_argument(args, kwargs)
     weight = getattr(self, "weight", None)
     if match.wants_grad(x, weight):
@@ -68,7 +68,7 @@ def _size(module: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _probe(module: nn.Module, eps: float, size: int) -> RMSNormSpec | str:
+def _probe(module: Any, eps: float, size: int) -> RMSNormSpec | str:
     """The variant whose output is nearest to the module's own on random rows, or why there is none."""
     weight = module.weight
     twin = copy.deepcopy(module)
@@ -78,7 +78,7 @@ def _probe(module: nn.Module, eps: float, size: int) -> RMSNormSpec | str:
     x = x.to(weight.device, weight.dtype)
     twin.weight.copy_(torch.rand(size, generator=generator) + 0.25)
     try:
-        want = type(twin).forward(twin, x)  # type: ignore[operator]
+        want = type(twin).forward(twin, x)
     except Exception as e:
         return f"its forward does not take one tensor ({type(e).__name__})"
     if not isinstance(want, Tensor) or want.shape != x.shape or want.dtype != x.dtype:
@@ -100,7 +100,7 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
         return
     probed: dict[tuple[Any, ...], RMSNormSpec | str] = {}
     for name, module in match.modules_of(model):
-        cls = type(module)
+        cls: Any = type(module)
         if isinstance(module, nn.LayerNorm):
             if cls.forward is not nn.LayerNorm.forward or len(module.normalized_shape) != 1:
                 log.kept(name, "norm", "its forward is not torch's LayerNorm over one dimension")

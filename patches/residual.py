@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _NAME = "_pagedkv_add_and_norm"
 
 
-def add_and_norm(module: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def add_and_norm(module: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(module(residual + x), residual + x), in one op where the module is a fused RMSNorm that nobody hooked."""
     spec = norm.spec_of(module)
     if spec is None or match.has_hooks(module) or match.wants_grad(x, residual, module.weight):
@@ -116,8 +116,9 @@ def fused_forward(cls: type) -> tuple[Callable[..., Any], tuple[str, ...]] | Non
     return twin, tuple(norms)
 
 
-def _layer_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    fused = fused_forward(type(self))
+def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    cls: Any = type(self)
+    fused = fused_forward(cls)
     if self.training or fused is None:
         return type(self).forward(self, *args, **kwargs)
     return fused[0](self, *args, **kwargs)
@@ -130,7 +131,8 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
     for name, module in match.modules_of(model):
         if not type(module).__name__.endswith(("DecoderLayer", "Block", "Layer")):
             continue
-        fused = fused_forward(type(module))
+        cls: Any = type(module)
+        fused = fused_forward(cls)
         if fused is None:
             continue
         if match.is_bound_elsewhere(module):

@@ -22,6 +22,12 @@ constexpr int kRows = 4;                         // rows of the direct kernels' 
 constexpr int kBlockRows = 6;                    // and of the matrix kernel's
 constexpr int kBlockVectors = W == 16 ? 4 : 2;   // columns of both, in vectors
 constexpr int kPanel = kBlockVectors * W;        // columns of a packed panel
+#ifndef PFD
+#define PFD 32
+#define PFL 2
+#define PFV 1
+#endif
+constexpr int kAhead = PFD;
 constexpr int kChain = 32;                       // products that are added one after the other
 constexpr int kS = kTile + 16;                   // row stride of a tile of logits
 
@@ -258,7 +264,7 @@ INLINE void prefetch_rows(const char* const* rows, int64_t offset, const char* c
   for (int i = j + ahead; i < j + ahead + count; ++i) {
     const char* p = i < n ? rows[i] + offset : next && i - n < n ? next[i - n] + next_offset : nullptr;
     if (!p) return;
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 3);
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, PFL);
   }
 }
 
@@ -270,7 +276,7 @@ void dot_rows(const float* q, int64_t q_stride, const char* const* keys, int64_t
               const char* const* next, int64_t next_offset) {
   constexpr int kSlots = R == 3 ? 4 : R, kKeys = W / kSlots;
   for (int j = 0; j < n; j += kKeys) {
-    if (next) prefetch_rows(keys, offset, next, next_offset, j, kKeys, n, 16, d * int(sizeof(typename KV::E)));
+    if (next) prefetch_rows(keys, offset, next, next_offset, j, kKeys, n, kAhead, d * int(sizeof(typename KV::E)));
     vf acc[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) acc[i] = vf{};
@@ -319,7 +325,7 @@ void dot_rows(const float* q, int64_t q_stride, const char* const* keys, int64_t
 // of which only the first `columns` are there.
 template <class KV, int R, int B, bool kPart>
 void add_blocks(const float* s, const float* fade, const char* const* values, int64_t offset, int n, int columns,
-                       float* o, int64_t o_stride) {
+                float* o, int64_t o_stride, const char* const* next, int64_t next_offset, int bytes) {
   vf acc[R][2 * B];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -327,6 +333,7 @@ void add_blocks(const float* s, const float* fade, const char* const* values, in
     for (int c = 0; c < 2 * B; ++c) acc[r][c] = vf{};
   }
   for (int j = 0; j < n; ++j) {
+    if (next) prefetch_rows(values, offset, next, next_offset, j, 1, n, kAhead, bytes);
     const auto* v = (const typename KV::E*)(values[j] + offset);
 #pragma GCC unroll 4
     for (int block = 0; block < B; ++block) {
@@ -354,25 +361,25 @@ void add_blocks(const float* s, const float* fade, const char* const* values, in
 }
 template <class KV, int R>
 INLINE void add_values(const float* s, const float* fade, const char* const* values, int64_t offset, int n, int d,
-                       float* o, int64_t o_stride) {
+                       float* o, int64_t o_stride, const char* const* next, int64_t next_offset) {
   // As many blocks at once as there are registers for; a single row wants several, to hide the latency of its sums.
   constexpr int kMost = R == 1 ? 4 : W == 16 || R == 2 ? 2 : 1, kBytes = sizeof(typename KV::E);
   int i = 0;
   for (; i + kMost * 2 * W <= d; i += kMost * 2 * W)
-    add_blocks<KV, R, kMost, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride);
+    add_blocks<KV, R, kMost, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
   if constexpr (kMost > 2) {
     if (i + 4 * W <= d) {
-      add_blocks<KV, R, 2, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride);
+      add_blocks<KV, R, 2, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
       i += 4 * W;
     }
   }
   if constexpr (kMost > 1) {
     if (i + 2 * W <= d) {
-      add_blocks<KV, R, 1, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride);
+      add_blocks<KV, R, 1, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
       i += 2 * W;
     }
   }
-  if (i < d) add_blocks<KV, R, 1, true>(s, fade, values, offset + i * kBytes, n, d - i, o + i, o_stride);
+  if (i < d) add_blocks<KV, R, 1, true>(s, fade, values, offset + i * kBytes, n, d - i, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
 }
 
 struct DirectScratch {
@@ -451,11 +458,13 @@ void run_direct(const AttentionArgs& a, const AttentionItem& it, const Attention
       for (int m = 0; m < rows; m += kRows) {
         const float* s = x.s + m * kS;
         float* o = x.o + (h * rows + m) * padded;
+        const char* const* next = PFV && m == 0 && h + 1 < heads ? tile.k : nullptr;
+        const int64_t k_next = k_offset + a.k_stride_h * kBytes;
         switch (rows - m) {
-          case 1: add_values<KV, 1>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded); break;
-          case 2: add_values<KV, 2>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded); break;
-          case 3: add_values<KV, 3>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded); break;
-          default: add_values<KV, 4>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded);
+          case 1: add_values<KV, 1>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next); break;
+          case 2: add_values<KV, 2>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next); break;
+          case 3: add_values<KV, 3>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next); break;
+          default: add_values<KV, 4>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next);
         }
       }
     }

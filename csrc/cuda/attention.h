@@ -8,9 +8,9 @@ namespace pagedkv {
 enum class KVType { kSame, kInt8, kFp8 };  // storage of the cache; kSame is the query's dtype
 
 struct AttentionParams {
-  const void* q;        // [T, Hq, D], unit stride in D
+  const void* q;  // [T, Hq, D], unit stride in D
   int64_t q_stride_t, q_stride_h;
-  const void* k;        // paged: [num_blocks, block_size, Hkv, D]; dense: [K, Hkv, D] (k_stride_block unused)
+  const void* k;  // paged: [num_blocks, block_size, Hkv, D]; dense: [K, Hkv, D] (k_stride_block unused)
   const void* v;
   int64_t k_stride_block, k_stride_t, k_stride_h;  // elements; t: one token inside its block (or dense row)
   int64_t v_stride_block, v_stride_t, v_stride_h;
@@ -19,9 +19,9 @@ struct AttentionParams {
 
   const int* block_tables;  // paged: [S, max_blocks]; null: dense
   int64_t table_stride;
-  int max_blocks, num_blocks, block_size, block_shift;  // block_size = 1 << block_shift
-  const int* key_start;   // dense: [S], first row of each sequence in k and v; null when paged
-  const int* seq_lens;    // [S], keys of each sequence
+  int max_blocks, num_blocks, block_size, block_shift;  // block_size = 1 << block_shift; dense: num_blocks = K rows
+  const int* key_start;    // dense: [S], first row of each sequence in k and v; null when paged
+  const int* seq_lens;     // [S], keys of each sequence
   const int* query_start;  // [S]
   const int* query_len;    // [S]
   int max_query_len;       // upper bound known on the host
@@ -33,8 +33,10 @@ struct AttentionParams {
   int window;                 // 0: off
   bool causal;
 
-  void* out;   // [T, Hq, D] contiguous; rows that no sequence owns are already 0
-  float* lse;  // [T, Hq] natural log, filled with -inf already, or null
+  // In front of launch_prefill, rows that no sequence owns or that see no key hold 0 and -inf already; launch_decode
+  // and launch_simt fill them themselves.
+  void* out;   // [T, Hq, D] contiguous
+  float* lse;  // [T, Hq] natural log, or null
 
   int num_seqs, num_heads, num_kv_heads, head_dim, num_tokens;
 };

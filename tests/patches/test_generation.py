@@ -109,7 +109,8 @@ def test_shared_prefix_is_computed_once(pair: tuple[PreTrainedModel, PreTrainedM
     rows = [torch.cat([system, tail]) for tail in tails]
     width = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
-    inputs = {"input_ids": ids, "attention_mask": (torch.arange(width) >= torch.tensor([[width - len(r)] for r in rows])).long()}
+    pads = torch.tensor([[width - len(row)] for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(width) >= pads).long()}
     columns.clear()
     assert torch.equal(tiny.generate(pair[1], inputs), tiny.generate(pair[0], inputs))
     assert columns[0] <= width - 24
@@ -353,7 +354,7 @@ def test_too_small_a_cache_says_so_before_work() -> None:
     model = torch_pagedkv.patch(tiny.make("llama"), block_size=8, num_blocks=4)
     calls: list[int] = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(CacheFullError, match=r"num_blocks: a prompt of 20 tokens and 24 new ones need 6 blocks of 8.*4"):
+    with pytest.raises(CacheFullError, match=r"num_blocks: a prompt of 20 tokens and 24 new.* need 6 blocks of 8.*4"):
         tiny.generate(model, tiny.batch((20,)))
     with pytest.raises(CacheFullError, match=r"full.*Raise num_blocks"):
         tiny.generate(model, tiny.batch((20, 17)), max_new_tokens=4)
@@ -388,7 +389,7 @@ def test_model_moved_to_another_dtype(pair: tuple[PreTrainedModel, PreTrainedMod
     tiny.generate(pair[1], inputs)
     output = pair[1].generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
     pair[1].to(torch.float64).to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match="moved from torch.float32.*bfloat16"):
+    with pytest.raises(RuntimeError, match=r"moved from torch\.float32.*bfloat16"):
         tiny.generate(pair[1], inputs)
     del output
     gc.collect()

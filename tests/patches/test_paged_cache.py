@@ -1,4 +1,4 @@
-"""`PagedCache` under direct forward calls: pads anywhere, masks of any kind, and a `transformers.Cache`'s operations."""
+"""`PagedCache` under direct forward calls: pads anywhere, masks of any kind, and what a `transformers.Cache` can do."""
 
 from __future__ import annotations
 
@@ -132,9 +132,7 @@ def continue_both(
         ids = ids_of(2, 21)
         model(ids, past_key_values=cache, use_cache=True)
         change(cache)
-        steps = [
-            model(ids_of(rows, 1, seed=step), past_key_values=cache, use_cache=True).logits for step in range(3)
-        ]
+        steps = [model(ids_of(rows, 1, seed=step), past_key_values=cache, use_cache=True).logits for step in range(3)]
         results.append(torch.cat(steps, 1))
     return results[0], results[1]
 
@@ -200,7 +198,7 @@ def test_steps_are_dense_only_where_they_must_be(pair: tuple[PreTrainedModel, Pr
     """Named or positional arguments, pads on either side: pages. A gap between tokens: only where distances count."""
     model, dense = pair[1], []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda *_: dense.append(caches[-1].dense))
-    left, right, hole = ([[int(c) for c in row] for row in rows] for rows in (["0011", "1111"], ["1100", "1111"], ["1011", "1111"]))
+    left, right, hole = ([[int(c) for c in row], [1] * 4] for row in ("0011", "1100", "1011"))
     caches = []
     for mask in (left, right, hole):
         caches.append(PagedCache(model))
@@ -247,8 +245,9 @@ def test_use_outside_of_a_patched_model() -> None:
 
 
 def test_decode_step_keeps_its_tensors() -> None:
-    """Compiled code and CUDA graphs need the decode step at fixed addresses; its host work is a few small operations."""
-    manager = CacheManager(torch_pagedkv.PagedConfig(block_size=8), [LayerSpec(1, 8)], torch.float32, torch.device("cpu"))
+    """Compiled code and CUDA graphs need the decode step at fixed addresses."""
+    config = torch_pagedkv.PagedConfig(block_size=8)
+    manager = CacheManager(config, [LayerSpec(1, 8)], torch.float32, torch.device("cpu"))
     cache = PagedCache(manager, expected_tokens=100)
     cache.plan(3, 7)
     cache.pending = False

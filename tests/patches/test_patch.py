@@ -180,10 +180,8 @@ def test_what_is_no_causal_language_model() -> None:
     config = hf.LlamaConfig(**_SMALL, intermediate_size=32)
     refused(hf.LlamaModel(config), "not a causal language model")
     refused(hf.LlamaForSequenceClassification(config), "not a causal language model")
-    refused(
-        hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
-        "encoder-decoder",
-    )
+    translator = hf.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    refused(hf.T5ForConditionalGeneration(translator), "encoder-decoder")
 
 
 def test_architectures_without_a_key_value_cache_of_their_own() -> None:

@@ -83,7 +83,7 @@ def make(family: str, **override: Any) -> hf.PreTrainedModel:
     """
     factory = _FACTORIES[family]
     torch.manual_seed(hash_of(family))
-    model = factory(**{k: v for k, v in override.items()}).eval()
+    model = factory(**override).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -163,7 +163,7 @@ class PagedCache(Cache):
             lengths = self._row_lengths(batch, columns)
             regular = not any(map(self._is_irregular, range(batch)))
             owners: dict[tuple[int, ...], int] = {}  # a whole prompt -> the row that stores it
-            matched = []
+            matched: list[int] = []
             try:
                 for row, length in enumerate(lengths):
                     pads = columns - length
@@ -317,7 +317,7 @@ class PagedCache(Cache):
     def _plan_columns(self, queries: int, dense: bool) -> None:
         """The general case: any number of columns, pads anywhere, rows ahead of what they have computed."""
         manager, seqs, rules = self.manager, self._seqs, self.manager.rules
-        base, size, batch = self.columns, self.manager.block_size, len(self._seqs)
+        base, batch = self.columns, len(self._seqs)
         new = self._stored(base + queries, batch)[:, base:] if self._mask is not None else None
         if new is None or bool(new.all()):
             starts, counts, one_run = [0] * batch, [queries] * batch, True
@@ -362,9 +362,9 @@ class PagedCache(Cache):
             self._fill_decode()  # the buffers that later steps count up
             return
         row_starts = [row * queries + start for row, start in enumerate(starts)]
-        lengths, first, count = self._to_device([totals, row_starts, counts], torch.int32).unbind()
+        seq_lens, first, numbers = self._to_device([totals, row_starts, counts], torch.int32).unbind()
         slot_mapping = slots.flatten().to(manager.device, non_blocking=True)
-        self.step = PagedStep(self._tables(), lengths, first, count, slot_mapping, max(counts, default=0))
+        self.step = PagedStep(self._tables(), seq_lens, first, numbers, slot_mapping, max(counts, default=0))
 
     def _note_plan(self, before: list[int], totals: list[int], queries: int) -> None:
         self._base, self._queries = self.columns, queries
@@ -424,7 +424,8 @@ class PagedCache(Cache):
             return False
         last = self._stored(base, len(starts))[:, -1].tolist()
         return any(
-            count and begun and (start or not token) for start, count, begun, token in zip(starts, counts, self._tokens, last)
+            count and begun and (start or not token)
+            for start, count, begun, token in zip(starts, counts, self._tokens, last)
         )
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
@@ -559,9 +560,9 @@ class PagedCache(Cache):
         if not self.cacheable:
             return
         if input_ids is not None and not whole and self._base:
-            old = self._ids
+            old, new = self._ids, input_ids
             known = old is not None and old.shape[1] >= self._base
-            input_ids = torch.cat([old[:, : self._base], input_ids.to(old.device)], 1) if known and old is not None else None
+            input_ids = torch.cat([old[:, : self._base], new.to(old.device)], 1) if known and old is not None else None
         if input_ids is None or input_ids.shape != (len(self._seqs), self._base + self._queries):
             self.cacheable, self._ids = False, None
         else:

@@ -207,8 +207,8 @@ class CacheManager:
         if not pool.can_grow(wanted):
             raise CacheFullError(
                 f"the KV cache is full: {error.needed} more blocks of {self.block_size} tokens are needed, "
-                f"{error.available} of {pool.num_blocks} are available. Raise {self._size_option()} (to {wanted} blocks "
-                "at least), generate fewer tokens or use a smaller batch"
+                f"{error.available} of {pool.num_blocks} are available. Raise {self._size_option()} (to {wanted} "
+                "blocks at least), generate fewer tokens or use a smaller batch"
             ) from None
         self.blocks.grow(pool.grow(wanted))
 
@@ -230,8 +230,8 @@ class CacheManager:
         if limit is not None and needed > limit:
             raise CacheFullError(
                 f"{self._size_option()}: a prompt of {prompt_tokens} tokens and {new_tokens} new ones need {needed} "
-                f"blocks of {self.block_size} tokens, the KV cache has {limit}. Raise it to {needed} at least, or lower "
-                "max_new_tokens"
+                f"blocks of {self.block_size} tokens, the KV cache has {limit}. Raise it to {needed} at least, or "
+                "lower max_new_tokens"
             )
 
     def check(self) -> None:
