@@ -1,9 +1,6 @@
 // The random stream of `sample`: Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011)
-// and the exponential variates made from it. One header for the CPU and the CUDA kernels, so that both draw the same
-// bits; torch_pagedkv/ops/sampling.py holds the specification and the reference.
-//
-// Everything here has internal linkage: the per-ISA CPU units must not share one inline copy, which the linker might
-// take from the AVX-512 unit.
+// and the exponential variates made from it, for the CUDA kernels. The CPU kernels draw the same words with vectors
+// (csrc/cpu/rows.inl); torch_pagedkv/ops/sampling.py holds the specification and the reference.
 #pragma once
 
 #include <cstdint>

@@ -190,7 +190,7 @@ float quantize(const void* x_, void* y_, int64_t n) {
     largest = a > largest ? a : largest;
   });
   const float scale = as<float>(max_lane(largest)) / kQuantMax<Q>;
-  const float inverse = scale > 0.f ? 1.f / scale : 0.f;
+  const float inverse = scale >= 1.17549435e-38f ? 1.f / scale : 0.f;  // that of a subnormal would be infinite
   each(n, [&](int64_t i, auto part) { store(y + i, to_quantum(Q{}, load(x + i, part) * inverse), part); });
   return scale;
 }

@@ -1,6 +1,7 @@
 // One row of a KV cache: eight elements a thread, stored as they are or quantised with a scale for the row. The bits
 // are those of quantize_rows in torch_pagedkv/ops/cache.py:
-//     scale = amax / max;  inverse = 1 / scale (0 for a row of zeros);  stored = round_to_nearest_even(x * inverse)
+//     scale = amax / max;  inverse = 1 / scale (0 where scale is 0 or subnormal);  stored = round_to_nearest_even(x *
+//     inverse)
 // with IEEE divisions (nvcc's default, -prec-div=true).
 #pragma once
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ RowScale row_scale(const Vec<T, kChunk>& x, int width
   for (int i = 0; i < kChunk; ++i) bits = max(bits, __float_as_uint(to_float(x.v[i])) & 0x7fffffffu);
   const float amax = __uint_as_float(group_reduce(bits, width, Max{}));
   const float scale = __fdiv_rn(amax, kQuantMax<C>);
-  return {scale, scale > 0.f ? __fdiv_rn(1.f, scale) : 0.f};
+  return {scale, scale >= 1.17549435e-38f ? __fdiv_rn(1.f, scale) : 0.f};
 }
 
 // Stores one thread's chunk; `inverse` is used by a quantised cache only.

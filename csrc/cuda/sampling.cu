@@ -75,7 +75,7 @@ __device__ __forceinline__ Row this_row(const SampleParams& p) {
   r.begin = r.piece * p.items_per_piece;
   r.end = min(r.begin + p.items_per_piece, p.items);
   r.temperature = p.temperature ? p.temperature[r.row] : 1.f;
-  r.greedy = p.seeds == nullptr || r.temperature == 0.f;
+  r.greedy = p.seeds == nullptr || fabsf(r.temperature) < 1e-30f;  // a quotient could overflow: its limit
   if (r.greedy) r.temperature = 1.f;
   return r;
 }

@@ -3,7 +3,7 @@
 A cache is `[num_blocks, block_size, Hkv, D]`; slot = block * block_size + offset in the block. Quantised caches (int8,
 float8_e4m3fn) carry float32 scales `[num_blocks, block_size, Hkv]`, one for each token and head:
     scale = amax(|x|) / 127 (int8) or / 448 (fp8);  stored = round_to_nearest_even(x / scale);  x ~ stored * scale.
-A row of zeros has scale 0 and stores 0.
+A row of zeros has scale 0 and stores 0, and so does a row whose scale is subnormal (its inverse would be infinite).
 
 A scale for each token and head costs 4 / D bytes an element and needs no calibration; fp8 at unit scale is known to
 ruin models with large key outliers.
@@ -56,7 +56,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Quantise the last dimension of x with a scale for each row: (stored in `dtype`, float32 scale)."""
     x = x.float()
     scale = x.abs().amax(-1) / QUANT_MAX[dtype]
-    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    inverse = torch.where(scale >= torch.finfo(torch.float32).tiny, 1.0 / scale, 0.0)
     y = x * inverse[..., None]
     if dtype == torch.int8:
         y = y.round().clamp(-127, 127)
