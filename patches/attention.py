@@ -169,12 +169,12 @@ def _carry_over(copied: PreTrainedConfig, original: PreTrainedConfig, snapshot: 
 
 def apply(model: PreTrainedModel, facts: ModelFacts, log: PatchLog) -> None:
     """Give the model a config of its own that names the paged attention, or bind the recipes of its family."""
-    from .families import RECIPES, attention_forward
+    from . import families
 
-    if any(type(module).__name__ in RECIPES for module in facts.attention.values()):
+    if any(type(module).__name__ in families.RECIPES for module in facts.attention.values()):
         for name, module in facts.attention.items():
             log.set_attribute(module, "_pagedkv_slopes", None)
-            log.bind(module, "forward", attention_forward)
+            log.bind(module, "forward", families.forward)
             log.runs(name, "attention", "paged_attention")
         return
 

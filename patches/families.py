@@ -138,7 +138,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def attention_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Bound to each attention module of a family: its recipe in a paged step, else its class's forward."""
     recipe = RECIPES[type(self).__name__]
     named = dict(zip(recipe.positional, args))

@@ -197,7 +197,10 @@ def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if binding.hands_on:
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         binding.cache = cache if getattr(cache, "takes_rotary", False) else None
-    return binding.forward(self, *args, **kwargs)
+    try:
+        return binding.forward(self, *args, **kwargs)
+    finally:
+        binding.cache = None  # a cache that the user drops must be free to go
 
 
 def _over_globals(function: Callable[..., Any], replacements: dict[str, Any]) -> Callable[..., Any]:

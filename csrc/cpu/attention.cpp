@@ -141,7 +141,8 @@ void make_plan(const AttentionArgs& a, int64_t sequences, Split split, int64_t g
     // Heads together read whole pages in order, as long as there is enough for all threads.
     int64_t head_step = 1;
     if (!tiled)
-      head_step = std::max<int64_t>(1, std::min<int64_t>(a.kv_heads, units * splits / std::max<int64_t>(1, 4 * threads)));
+      head_step =
+          std::max<int64_t>(1, std::min<int64_t>(a.kv_heads, units * splits / std::max<int64_t>(1, 4 * threads)));
     if (!tiled && threads == 1) head_step = a.kv_heads;
     for (int64_t h = 0; h < a.kv_heads; h += head_step) {
       // The last rows see the most keys: first, so that no thread begins the longest item at the end.
@@ -250,8 +251,8 @@ void check_rows(const char* op, const char* start_arg, const char* len_arg, cons
     PAGEDKV_CHECK(len[s] >= 0, op, len_arg, len[s] << " for sequence " << s, "0 or more");
     PAGEDKV_CHECK(len[s] <= max_len, op, len_arg, len[s] << " for sequence " << s, "at most ", max_arg, " = ", max_len);
     PAGEDKV_CHECK(len[s] == 0 || (start[s] >= 0 && start[s] <= rows - len[s]), op, start_arg,
-                  "rows " << start[s] << " to " << int64_t(start[s]) + len[s] << " for sequence " << s,
-                  "rows of ", tensor, ", 0 to ", rows);
+                  "rows " << start[s] << " to " << int64_t(start[s]) + len[s] << " for sequence " << s, "rows of ",
+                  tensor, ", 0 to ", rows);
   }
 }
 
@@ -266,12 +267,12 @@ Pair paged(const char* op, Split split, int64_t given, const Tensor& query, cons
   const int64_t block_size = key_cache.size(1), table_stride = block_tables.stride(0);
   const int32_t *lens = seq_lens.const_data_ptr<int32_t>(), *tables = block_tables.const_data_ptr<int32_t>();
   const int64_t capacity = block_tables.size(1) * block_size;
-  check_rows(op, "query_start", "query_len", query_start.const_data_ptr<int32_t>(),
-             query_len.const_data_ptr<int32_t>(), sequences, tokens, "query", max_query_len, "max_query_len");
+  check_rows(op, "query_start", "query_len", query_start.const_data_ptr<int32_t>(), query_len.const_data_ptr<int32_t>(),
+             sequences, tokens, "query", max_query_len, "max_query_len");
   for (int64_t s = 0; s < sequences; ++s) {
     PAGEDKV_CHECK(lens[s] >= 0, op, "seq_lens", lens[s] << " for sequence " << s, "0 or more");
-    PAGEDKV_CHECK(lens[s] <= capacity, op, "seq_lens", lens[s] << " for sequence " << s,
-                  "at most the table's ", block_tables.size(1), " blocks of ", block_size);
+    PAGEDKV_CHECK(lens[s] <= capacity, op, "seq_lens", lens[s] << " for sequence " << s, "at most the table's ",
+                  block_tables.size(1), " blocks of ", block_size);
     for (int64_t i = 0; i * block_size < lens[s]; ++i) {
       const int32_t block = tables[s * table_stride + i];
       PAGEDKV_CHECK(block >= 0 && block < blocks, op, "block_tables",
@@ -335,8 +336,8 @@ Pair flash_attention(Tensor query, Tensor key, Tensor value, Tensor query_start,
   check_flash_attention(query, key, value, query_start, query_len, key_start, key_len, max_query_len, max_key_len,
                         alibi_slopes, sliding_window, softcap, sinks);
   const int64_t sequences = query_start.size(0), tokens = query.size(0);
-  check_rows(op, "query_start", "query_len", query_start.const_data_ptr<int32_t>(),
-             query_len.const_data_ptr<int32_t>(), sequences, tokens, "query", max_query_len, "max_query_len");
+  check_rows(op, "query_start", "query_len", query_start.const_data_ptr<int32_t>(), query_len.const_data_ptr<int32_t>(),
+             sequences, tokens, "query", max_query_len, "max_query_len");
   check_rows(op, "key_start", "key_len", key_start.const_data_ptr<int32_t>(), key_len.const_data_ptr<int32_t>(),
              sequences, key.size(0), "key", max_key_len, "max_key_len");
   Pair out = make_outputs(query, return_lse);
@@ -359,7 +360,8 @@ Pair merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse
   const Tensor a = torch::stable::contiguous(out_a), b = torch::stable::contiguous(out_b);
   const Tensor la = torch::stable::contiguous(lse_a), lb = torch::stable::contiguous(lse_b);
   const int64_t rows = a.size(0) * a.size(1), d = a.size(2), bytes = d * a.element_size();
-  Pair out{torch::stable::new_empty(a, {a.size(0), a.size(1), d}), torch::stable::new_empty(la, {a.size(0), a.size(1)})};
+  Pair out{torch::stable::new_empty(a, {a.size(0), a.size(1), d}),
+           torch::stable::new_empty(la, {a.size(0), a.size(1)})};
   const AttentionType type = type_of(a);
   const auto* pa = static_cast<const char*>(a.const_data_ptr());
   const auto* pb = static_cast<const char*>(b.const_data_ptr());
@@ -367,12 +369,11 @@ Pair merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse
   const float *pla = la.const_data_ptr<float>(), *plb = lb.const_data_ptr<float>();
   float* plo = std::get<1>(out).mutable_data_ptr<float>();
   const AttentionKernels& table = kernels();
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i)
-                                  table.merge(type, d, pa + i * bytes, pla[i], pb + i * bytes, plb[i], po + i * bytes,
-                                              plo + i);
-                              });
+  torch::stable::parallel_for(
+      0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          table.merge(type, d, pa + i * bytes, pla[i], pb + i * bytes, plb[i], po + i * bytes, plo + i);
+      });
   return out;
 }
 

@@ -15,8 +15,8 @@ struct AttentionArgs {
   const void* v;
   const float* k_scale;  // [num_blocks, block_size, Hkv] contiguous, or null
   const float* v_scale;
-  void* out;   // [T, Hq, D] contiguous
-  float* lse;  // [T, Hq], or null
+  void* out;                  // [T, Hq, D] contiguous
+  float* lse;                 // [T, Hq], or null
   const float* alibi_slopes;  // [Hq], or null
   const float* sinks;         // [Hq], or null
   int64_t q_stride_t, q_stride_h;
@@ -24,11 +24,11 @@ struct AttentionArgs {
   int64_t v_stride_block, v_stride_t, v_stride_h;
   const int32_t* block_tables;  // paged: [S, max_blocks]; null: dense
   int64_t table_stride;
-  int block_shift;           // block_size = 1 << block_shift
-  const int32_t* key_start;  // dense: [S], first row of each sequence in k and v
-  const int32_t* key_len;    // [S]
-  const int32_t* query_start;  // [S]
-  const int32_t* query_len;    // [S]
+  int block_shift;                       // block_size = 1 << block_shift
+  const int32_t* key_start;              // dense: [S], first row of each sequence in k and v
+  const int32_t* key_len;                // [S]
+  const int32_t* query_start;            // [S]
+  const int32_t* query_len;              // [S]
   int heads, kv_heads, group, head_dim;  // group = heads / kv_heads
   float scale, softcap;                  // softcap 0: off
   int64_t window;                        // 0: off

@@ -17,19 +17,14 @@ constexpr bool kHasDot = true;  // vdpbf16ps: products of bfloat16 pairs summed 
 constexpr bool kHasDot = false;
 #endif
 
-constexpr int kTile = 128;                       // keys of a tile
-constexpr int kRows = 4;                         // rows of the direct kernels' register blocks
-constexpr int kBlockRows = 6;                    // and of the matrix kernel's
-constexpr int kBlockVectors = W == 16 ? 4 : 2;   // columns of both, in vectors
-constexpr int kPanel = kBlockVectors * W;        // columns of a packed panel
-#ifndef PFD
-#define PFD 32
-#define PFL 2
-#define PFV 1
-#endif
-constexpr int kAhead = PFD;
-constexpr int kChain = 32;                       // products that are added one after the other
-constexpr int kS = kTile + 16;                   // row stride of a tile of logits
+constexpr int kTile = 128;                      // keys of a tile
+constexpr int kRows = 4;                        // rows of the direct kernels' register blocks
+constexpr int kBlockRows = 6;                   // and of the matrix kernel's
+constexpr int kBlockVectors = W == 16 ? 4 : 2;  // columns of both, in vectors
+constexpr int kPanel = kBlockVectors * W;       // columns of a packed panel
+constexpr int kAhead = 32;                      // keys that decode asks for ahead of time
+constexpr int kChain = 32;                      // products that are added one after the other
+constexpr int kS = kTile + 16;                  // row stride of a tile of logits
 
 // Keys [begin, end) that the query token `t` of a sequence sees: always one range.
 struct Range {
@@ -92,7 +87,8 @@ const float* gather_scales(const float* scales, const Tile& tile, int kv_heads, 
   return to;
 }
 
-// ---- softmax ---------------------------------------------------------------------------------------------------------
+// ---- softmax
+// ---------------------------------------------------------------------------------------------------------
 
 struct Logits {
   float scale, softcap, slope;
@@ -100,12 +96,11 @@ struct Logits {
   const float* v_scale;
 };
 
-// One row of logits s[0..n) of a tile -> weights exp(l - max), times v_scale, in place (kPairs: as bfloat16, packed at the
-// front of the row). Of the keys only [begin, end) count, the others get weight 0; `distance` is the position of key 0
-// less the query's. Updates the row's max and sum, and returns exp(old max - new max).
+// One row of logits s[0..n) of a tile -> weights exp(l - max), times v_scale, in place (kPairs: as bfloat16, packed at
+// the front of the row). Of the keys only [begin, end) count, the others get weight 0; `distance` is the position of
+// key 0 less the query's. Updates the row's max and sum, and returns exp(old max - new max).
 template <bool kPairs>
-float softmax(const Logits& f, float* s, int n, int begin, int end, float distance, float& row_max,
-                     float& row_sum) {
+float softmax(const Logits& f, float* s, int n, int begin, int end, float distance, float& row_max, float& row_sum) {
   const int stop = int(round_up(n, kPairs ? 2 * W : W));
   if (begin >= end) {
     for (int j = 0; j < (kPairs ? stop / 2 : stop); j += W) store(s + j, vf{});
@@ -153,7 +148,8 @@ float softmax(const Logits& f, float* s, int n, int begin, int end, float distan
   return fade;
 }
 
-// ---- results ---------------------------------------------------------------------------------------------------------
+// ---- results
+// ---------------------------------------------------------------------------------------------------------
 
 template <class Elem>
 INLINE void store_row(void* out, int64_t at, const float* o, int d, float factor) {
@@ -179,8 +175,12 @@ void write_out(const AttentionArgs& a, bool woven, int64_t token, int head, cons
     lse = top + __builtin_logf(l);
   }
   switch (a.q_type) {
-    case kF32: store_row<Plain<float>>(a.out, at, o, a.head_dim, factor); break;
-    case kF16: store_row<Plain<F16>>(a.out, at, o, a.head_dim, factor); break;
+    case kF32:
+      store_row<Plain<float>>(a.out, at, o, a.head_dim, factor);
+      break;
+    case kF16:
+      store_row<Plain<F16>>(a.out, at, o, a.head_dim, factor);
+      break;
     default:
       if (woven)
         store_row<Woven>(a.out, at, o, a.head_dim, factor);
@@ -193,7 +193,7 @@ void write_out(const AttentionArgs& a, bool woven, int64_t token, int head, cons
 INLINE int64_t part_stride(const AttentionArgs& a) { return round_up(a.head_dim, 32); }
 INLINE bool is_woven(const AttentionArgs& a, const AttentionItem& it) { return !it.tiled && a.kv_type == kBF16; }
 void finish(const AttentionArgs& a, const AttentionItem& it, const AttentionPartials* parts, int64_t part_rows,
-                   int kv_head, int m, const float* o, float row_max, float row_sum) {
+            int kv_head, int m, const float* o, float row_max, float row_sum) {
   if (it.split < 0) {
     const int64_t token = a.query_start[it.sequence] + m / a.group;
     write_out(a, is_woven(a, it), token, kv_head * a.group + m % a.group, o, row_max, row_sum);
@@ -231,8 +231,10 @@ INLINE void load_row(const void* q, int64_t at, int d, float scale, float* to) {
 // A query row as fp32, times scale, up to the next multiple of 2 W with zeros.
 void load_query(const AttentionArgs& a, bool woven, int64_t at, float scale, float* to) {
   switch (a.q_type) {
-    case kF32: return load_row<Plain<float>>(a.q, at, a.head_dim, scale, to);
-    case kF16: return load_row<Plain<F16>>(a.q, at, a.head_dim, scale, to);
+    case kF32:
+      return load_row<Plain<float>>(a.q, at, a.head_dim, scale, to);
+    case kF16:
+      return load_row<Plain<F16>>(a.q, at, a.head_dim, scale, to);
     default:
       return woven ? load_row<Woven>(a.q, at, a.head_dim, scale, to)
                    : load_row<Plain<BF16>>(a.q, at, a.head_dim, scale, to);
@@ -257,26 +259,35 @@ INLINE float query_position(const AttentionArgs& a, const AttentionItem& it, int
   return float(a.key_len[it.sequence] - a.query_len[it.sequence] + m / a.group);
 }
 
-// Asks for the rows of keys or values that come `ahead` of row j: in `rows`, or at its end in `next`. Neighbouring keys of
-// a head lie a page or so apart, where the hardware's prefetchers do not follow.
+// The first reader of a tile's rows asks for those ahead; at the end, for `rows` at byte `offset`, which come next.
+struct Ahead {
+  bool first;
+  const char* const* rows;
+  int64_t offset;
+};
+// Asks for rows j + kAhead and on of a tile's n keys or values, past its end for those of `next` (null: nothing). The
+// rows of a head lie a page or so apart, where the hardware's prefetchers do not follow: 1.6 to 2.5 times the
+// bandwidth. Into L2: rows a page apart share the same few sets of L1.
 INLINE void prefetch_rows(const char* const* rows, int64_t offset, const char* const* next, int64_t next_offset, int j,
-                          int count, int n, int ahead, int bytes) {
-  for (int i = j + ahead; i < j + ahead + count; ++i) {
-    const char* p = i < n ? rows[i] + offset : next && i - n < n ? next[i - n] + next_offset : nullptr;
-    if (!p) return;
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, PFL);
+                          int count, int n, int bytes) {
+  for (int i = j + kAhead; i < j + kAhead + count; ++i) {
+    if (i >= n && (!next || i >= 2 * n)) return;
+    const char* p = i < n ? rows[i] + offset : next[i - n] + next_offset;
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
   }
 }
 
-// ---- direct ----------------------------------------------------------------------------------------------------------
+// ---- direct
+// ----------------------------------------------------------------------------------------------------------
 
 // s[r][j] = q[r] . k[j] for R rows and the n keys of a tile; kDot: q and k as they are stored, in bfloat16.
 template <class KV, bool kDot, int R>
 void dot_rows(const float* q, int64_t q_stride, const char* const* keys, int64_t offset, int n, int d, float* s,
-              const char* const* next, int64_t next_offset) {
+              const Ahead& ahead) {
   constexpr int kSlots = R == 3 ? 4 : R, kKeys = W / kSlots;
   for (int j = 0; j < n; j += kKeys) {
-    if (next) prefetch_rows(keys, offset, next, next_offset, j, kKeys, n, kAhead, d * int(sizeof(typename KV::E)));
+    if (ahead.first)
+      prefetch_rows(keys, offset, ahead.rows, ahead.offset, j, kKeys, n, d * int(sizeof(typename KV::E)));
     vf acc[W];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) acc[i] = vf{};
@@ -321,11 +332,11 @@ void dot_rows(const float* q, int64_t q_stride, const char* const* keys, int64_t
   }
 }
 
-// o[r][:] = o[r][:] * fade[r] + sum over j of s[r][j] v[j][:], for R rows and B blocks of 2 W columns. kPart: one block,
-// of which only the first `columns` are there.
+// o[r][:] = o[r][:] * fade[r] + sum over j of s[r][j] v[j][:], for R rows and B blocks of 2 W columns. kPart: one
+// block, of which only the first `columns` are there.
 template <class KV, int R, int B, bool kPart>
 void add_blocks(const float* s, const float* fade, const char* const* values, int64_t offset, int n, int columns,
-                float* o, int64_t o_stride, const char* const* next, int64_t next_offset, int bytes) {
+                float* o, int64_t o_stride, const Ahead& ahead, int bytes) {
   vf acc[R][2 * B];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -333,7 +344,7 @@ void add_blocks(const float* s, const float* fade, const char* const* values, in
     for (int c = 0; c < 2 * B; ++c) acc[r][c] = vf{};
   }
   for (int j = 0; j < n; ++j) {
-    if (next) prefetch_rows(values, offset, next, next_offset, j, 1, n, kAhead, bytes);
+    if (ahead.first) prefetch_rows(values, offset, ahead.rows, ahead.offset, j, 1, n, bytes);
     const auto* v = (const typename KV::E*)(values[j] + offset);
 #pragma GCC unroll 4
     for (int block = 0; block < B; ++block) {
@@ -361,25 +372,30 @@ void add_blocks(const float* s, const float* fade, const char* const* values, in
 }
 template <class KV, int R>
 INLINE void add_values(const float* s, const float* fade, const char* const* values, int64_t offset, int n, int d,
-                       float* o, int64_t o_stride, const char* const* next, int64_t next_offset) {
+                       float* o, int64_t o_stride, Ahead ahead) {
   // As many blocks at once as there are registers for; a single row wants several, to hide the latency of its sums.
   constexpr int kMost = R == 1 ? 4 : W == 16 || R == 2 ? 2 : 1, kBytes = sizeof(typename KV::E);
   int i = 0;
-  for (; i + kMost * 2 * W <= d; i += kMost * 2 * W)
-    add_blocks<KV, R, kMost, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
+  for (; i + kMost * 2 * W <= d; i += kMost * 2 * W) {
+    add_blocks<KV, R, kMost, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, ahead, d * kBytes);
+    ahead.first = false;  // the rest of each row has been asked for
+  }
   if constexpr (kMost > 2) {
     if (i + 4 * W <= d) {
-      add_blocks<KV, R, 2, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
+      add_blocks<KV, R, 2, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, ahead, d * kBytes);
       i += 4 * W;
+      ahead.first = false;
     }
   }
   if constexpr (kMost > 1) {
     if (i + 2 * W <= d) {
-      add_blocks<KV, R, 1, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
+      add_blocks<KV, R, 1, false>(s, fade, values, offset + i * kBytes, n, 0, o + i, o_stride, ahead, d * kBytes);
       i += 2 * W;
+      ahead.first = false;
     }
   }
-  if (i < d) add_blocks<KV, R, 1, true>(s, fade, values, offset + i * kBytes, n, d - i, o + i, o_stride, i ? nullptr : next, next_offset, d * kBytes);
+  if (i < d)
+    add_blocks<KV, R, 1, true>(s, fade, values, offset + i * kBytes, n, d - i, o + i, o_stride, ahead, d * kBytes);
 }
 
 struct DirectScratch {
@@ -440,31 +456,45 @@ void run_direct(const AttentionArgs& a, const AttentionItem& it, const Attention
       for (int m = 0; m < rows; m += kRows) {
         const float* qm = x.q + (h * rows + m) * padded;
         float* s = x.s + m * kS;
-        const char* const* next = m == 0 ? tile.v : nullptr;
+        const Ahead ahead{m == 0, tile.v, v_offset};
         switch (rows - m) {
-          case 1: dot_rows<KV, kDot, 1>(qm, padded, tile.k, k_offset, tile.n, d, s, next, v_offset); break;
-          case 2: dot_rows<KV, kDot, 2>(qm, padded, tile.k, k_offset, tile.n, d, s, next, v_offset); break;
-          case 3: dot_rows<KV, kDot, 3>(qm, padded, tile.k, k_offset, tile.n, d, s, next, v_offset); break;
-          default: dot_rows<KV, kDot, 4>(qm, padded, tile.k, k_offset, tile.n, d, s, next, v_offset);
+          case 1:
+            dot_rows<KV, kDot, 1>(qm, padded, tile.k, k_offset, tile.n, d, s, ahead);
+            break;
+          case 2:
+            dot_rows<KV, kDot, 2>(qm, padded, tile.k, k_offset, tile.n, d, s, ahead);
+            break;
+          case 3:
+            dot_rows<KV, kDot, 3>(qm, padded, tile.k, k_offset, tile.n, d, s, ahead);
+            break;
+          default:
+            dot_rows<KV, kDot, 4>(qm, padded, tile.k, k_offset, tile.n, d, s, ahead);
         }
       }
       for (int m = 0; m < rows; ++m) {
         const Range r = row_keys(a, it, it.row_begin + m);
         const int lo = int(max64(0, min64(r.begin - begin, kTile))), hi = int(max64(0, min64(r.end - begin, tile.n)));
         f.slope = a.alibi_slopes ? a.alibi_slopes[head * a.group + (it.row_begin + m) % a.group] : 0.f;
-        fade[m] = softmax<false>(f, x.s + m * kS, tile.n, lo, hi, float(begin) - query_position(a, it, it.row_begin + m),
-                                 x.max[h * rows + m], x.sum[h * rows + m]);
+        fade[m] =
+            softmax<false>(f, x.s + m * kS, tile.n, lo, hi, float(begin) - query_position(a, it, it.row_begin + m),
+                           x.max[h * rows + m], x.sum[h * rows + m]);
       }
       for (int m = 0; m < rows; m += kRows) {
         const float* s = x.s + m * kS;
         float* o = x.o + (h * rows + m) * padded;
-        const char* const* next = PFV && m == 0 && h + 1 < heads ? tile.k : nullptr;
-        const int64_t k_next = k_offset + a.k_stride_h * kBytes;
+        const Ahead ahead{m == 0, h + 1 < heads ? tile.k : nullptr, k_offset + a.k_stride_h * kBytes};
         switch (rows - m) {
-          case 1: add_values<KV, 1>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next); break;
-          case 2: add_values<KV, 2>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next); break;
-          case 3: add_values<KV, 3>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next); break;
-          default: add_values<KV, 4>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, next, k_next);
+          case 1:
+            add_values<KV, 1>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, ahead);
+            break;
+          case 2:
+            add_values<KV, 2>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, ahead);
+            break;
+          case 3:
+            add_values<KV, 3>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, ahead);
+            break;
+          default:
+            add_values<KV, 4>(s, fade + m, tile.v, v_offset, tile.n, d, o, padded, ahead);
         }
       }
     }
@@ -475,7 +505,8 @@ void run_direct(const AttentionArgs& a, const AttentionItem& it, const Attention
              x.max[h * rows + m], x.sum[h * rows + m]);
 }
 
-// ---- tiled -----------------------------------------------------------------------------------------------------------
+// ---- tiled
+// -----------------------------------------------------------------------------------------------------------
 
 // What the matrix kernel multiplies: 32-bit words, an fp32 each or (Pairs) two neighbouring bfloat16 of the summed
 // dimension.
@@ -492,11 +523,10 @@ struct Pairs {
 };
 #endif
 
-// c[R][V vectors] = fade * c + a[R][k] b[k][panel]; fade null: c is only written. The products are added up in chains of
-// kChain, whose sums are added in turn: one long chain would lose twice what PyTorch's does.
+// c[R][V vectors] = fade * c + a[R][k] b[k][panel]; fade null: c is only written. The products are added up in chains
+// of kChain, whose sums are added in turn: one long chain would lose twice what PyTorch's does.
 template <class Word, int R, int V>
-void multiply(const float* a, int64_t a_stride, const float* b, int k, const float* fade, float* c,
-                     int64_t c_stride) {
+void multiply(const float* a, int64_t a_stride, const float* b, int k, const float* fade, float* c, int64_t c_stride) {
   for (int begin = 0; begin < k; begin += kChain) {
     vf acc[R][V];
 #pragma GCC unroll 6
@@ -545,12 +575,18 @@ template <class Word>
 void multiply_rows(int rows, int columns, const float* a, int64_t a_stride, const float* b, int k, const float* fade,
                    float* c, int64_t c_stride) {
   switch (rows) {
-    case 1: return multiply_columns<Word, 1>(columns, a, a_stride, b, k, fade, c, c_stride);
-    case 2: return multiply_columns<Word, 2>(columns, a, a_stride, b, k, fade, c, c_stride);
-    case 3: return multiply_columns<Word, 3>(columns, a, a_stride, b, k, fade, c, c_stride);
-    case 4: return multiply_columns<Word, 4>(columns, a, a_stride, b, k, fade, c, c_stride);
-    case 5: return multiply_columns<Word, 5>(columns, a, a_stride, b, k, fade, c, c_stride);
-    default: return multiply_columns<Word, 6>(columns, a, a_stride, b, k, fade, c, c_stride);
+    case 1:
+      return multiply_columns<Word, 1>(columns, a, a_stride, b, k, fade, c, c_stride);
+    case 2:
+      return multiply_columns<Word, 2>(columns, a, a_stride, b, k, fade, c, c_stride);
+    case 3:
+      return multiply_columns<Word, 3>(columns, a, a_stride, b, k, fade, c, c_stride);
+    case 4:
+      return multiply_columns<Word, 4>(columns, a, a_stride, b, k, fade, c, c_stride);
+    case 5:
+      return multiply_columns<Word, 5>(columns, a, a_stride, b, k, fade, c, c_stride);
+    default:
+      return multiply_columns<Word, 6>(columns, a, a_stride, b, k, fade, c, c_stride);
   }
 }
 
@@ -578,8 +614,7 @@ void pack_keys(const Tile& tile, int64_t offset, int d, float* to) {
     for (int i = 0; i < words; i += W) {
       vf x[W];
 #pragma GCC unroll 16
-      for (int key = 0; key < W; ++key)
-        x[key] = key_words<E, kPer>((const E*)(tile.k[j + key] + offset), i, words);
+      for (int key = 0; key < W; ++key) x[key] = key_words<E, kPer>((const E*)(tile.k[j + key] + offset), i, words);
       transpose(x);
       const int stop = int(min64(W, words - i));
       for (int w = 0; w < stop; ++w) store(column + int64_t(i + w) * kPanel, x[w]);
@@ -689,7 +724,8 @@ void run_tiled(const AttentionArgs& a, const AttentionItem& it, const AttentionP
     finish(a, it, parts, part_rows, head, it.row_begin + m, x.o + m * x.o_stride, x.max[m], x.sum[m]);
 }
 
-// ---- the table -------------------------------------------------------------------------------------------------------
+// ---- the table
+// -------------------------------------------------------------------------------------------------------
 
 int64_t scratch(const AttentionArgs* a, const AttentionItem* it) {
   return it->tiled ? TiledScratch(*a, *it, nullptr).bytes : DirectScratch(*a, *it, nullptr).bytes;
@@ -710,11 +746,16 @@ INLINE void run_as(const AttentionArgs& a, const AttentionItem& it, const Attent
 void run(const AttentionArgs* a, const AttentionItem* it, const AttentionPartials* parts, int64_t part_rows,
          char* base) {
   switch (a->kv_type) {
-    case kF32: return run_as<float, Plain<float>>(*a, *it, parts, part_rows, base);
-    case kF16: return run_as<F16, Plain<F16>>(*a, *it, parts, part_rows, base);
-    case kBF16: return run_as<BF16, Woven>(*a, *it, parts, part_rows, base);
-    case kI8: return run_as<I8, Plain<I8>>(*a, *it, parts, part_rows, base);
-    case kF8E4M3: return run_as<F8, Plain<F8>>(*a, *it, parts, part_rows, base);
+    case kF32:
+      return run_as<float, Plain<float>>(*a, *it, parts, part_rows, base);
+    case kF16:
+      return run_as<F16, Plain<F16>>(*a, *it, parts, part_rows, base);
+    case kBF16:
+      return run_as<BF16, Woven>(*a, *it, parts, part_rows, base);
+    case kI8:
+      return run_as<I8, Plain<I8>>(*a, *it, parts, part_rows, base);
+    case kF8E4M3:
+      return run_as<F8, Plain<F8>>(*a, *it, parts, part_rows, base);
   }
 }
 
@@ -741,7 +782,8 @@ void combine(const AttentionArgs* a, const AttentionItem* it, const AttentionPar
         const float* p = parts->out + at * stride;
         for (int i = 0; i < stride; i += W) store(o + i, load(o + i) + load(p + i) * w);
       }
-      write_out(*a, is_woven(*a, *it), a->query_start[it->sequence] + m / a->group, head * a->group + m % a->group, o, top, total);
+      write_out(*a, is_woven(*a, *it), a->query_start[it->sequence] + m / a->group, head * a->group + m % a->group, o,
+                top, total);
     }
   }
 }
@@ -777,9 +819,12 @@ void merge(AttentionType type, int64_t d, const void* a, float lse_a, const void
   const float total = ea + eb, wa = empty ? 0.f : ea / total, wb = empty ? 0.f : eb / total;
   *lse = empty ? -kInf : top + __builtin_logf(total);
   switch (type) {
-    case kF32: return merge_as<Plain<float>>(d, a, wa, b, wb, out);
-    case kF16: return merge_as<Plain<F16>>(d, a, wa, b, wb, out);
-    default: return merge_as<Woven>(d, a, wa, b, wb, out);
+    case kF32:
+      return merge_as<Plain<float>>(d, a, wa, b, wb, out);
+    case kF16:
+      return merge_as<Plain<F16>>(d, a, wa, b, wb, out);
+    default:
+      return merge_as<Woven>(d, a, wa, b, wb, out);
   }
 }
 

@@ -1,4 +1,5 @@
-// What attention needs of vectors beyond rows_vec.h: moving lanes between vectors, tanh, and elements in pairs of vectors.
+// What attention needs of vectors beyond rows_vec.h: moving lanes between vectors, tanh, and elements in pairs of
+// vectors.
 #pragma once
 
 #include <string.h>
@@ -30,7 +31,8 @@ INLINE vf max(vf a, vf b) {
 #endif
 }
 
-// ---- moving lanes ----------------------------------------------------------------------------------------------------
+// ---- moving lanes
+// ----------------------------------------------------------------------------------------------------
 
 template <int... I>
 struct Lanes {};
@@ -124,7 +126,8 @@ INLINE vf tanh(vf x) {
   return size < 0.625f ? near : as<vf>(as<vu>(far) | (as<vu>(x) & 0x80000000u));
 }
 
-// ---- elements --------------------------------------------------------------------------------------------------------
+// ---- elements
+// --------------------------------------------------------------------------------------------------------
 
 // load() for the narrow types, in the instructions that GCC 12 does not find by itself.
 template <class P>

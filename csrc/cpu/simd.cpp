@@ -1,5 +1,6 @@
 #include "simd.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -17,9 +18,14 @@ Isa detect() {
     level = 2;
   if (level == 2 && __builtin_cpu_supports("avx512bf16")) level = 3;
 #endif
-  if (const char* wanted = std::getenv("PAGEDKV_SIMD"))
-    for (int i = 0; i < level; ++i)
-      if (!std::strcmp(wanted, kNames[i])) level = i;
+  if (const char* wanted = std::getenv("PAGEDKV_SIMD")) {
+    int named = 0;
+    while (named < 4 && std::strcmp(wanted, kNames[named])) ++named;
+    if (named == 4)
+      std::fprintf(stderr, "torch_pagedkv: PAGEDKV_SIMD=%s is ignored, it is none of generic, avx2, avx512\n", wanted);
+    else if (named < level)
+      level = named;
+  }
   return Isa(level);
 }
 

@@ -109,7 +109,7 @@ struct KeyRow {
 };
 template <>
 struct KeyRow<true> {
-  int64_t k, v, scale, unused;
+  int64_t k, v, scale, padding;  // k and v are read as one 16-byte word
 };
 
 template <class S, bool kQuantized>

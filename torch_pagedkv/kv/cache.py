@@ -491,9 +491,16 @@ class PagedCache(Cache):
         dtype = self.manager.dtype
         value = _rows(value_states, dtype)
         rotary, self.pending_rotary = self.pending_rotary, None
-        if rotary is None:
+        if rotary is not None and rotary.key_states is not key_states:
+            raise RuntimeError("the key states are not those of the rotation handed on to this cache")
+        if rotary is None or rotary.key.dtype != dtype:
+            if rotary is None:
+                key = _rows(key_states, dtype)
+            else:  # under autocast: the fused kernel writes the dtype that it rotates in
+                ops.rotary_embedding(rotary.query, rotary.key, rotary.cos, rotary.sin, interleaved=rotary.interleaved)
+                key = rotary.key.to(dtype)
             ops.reshape_and_cache(
-                _rows(key_states, dtype),
+                key,
                 value,
                 layer.key_cache,
                 layer.value_cache,
@@ -501,8 +508,6 @@ class PagedCache(Cache):
                 layer.k_scale,
                 layer.v_scale,
             )
-        elif rotary.key_states is not key_states:
-            raise RuntimeError("the key states are not those of the rotation handed on to this cache")
         else:
             ops.rotary_and_cache(
                 rotary.query,
