@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,19 @@ def texts() -> list[str]:
     """
     one, two, three, four = (f"{PASSAGE}\n\n{question}" for question in DATA["questions"])
     return [*SHORT[:6], one, two, *SHORT[6:12], three, four, *SHORT[12:]]
+
+
+def beginnings(tokenizer: Any, shortest: int) -> list[list[int]]:
+    """Token ids of prompts and of sentences of the passage, without a chat template, no two with the same first two.
+
+    They are independent samples for statistics of rounding: texts with a common beginning share what is rounded there.
+    """
+    found: dict[tuple[int, ...], list[int]] = {}
+    for text in SHORT + re.split(r"(?<=[.]) |\n\n", PASSAGE):
+        ids = list(tokenizer(text)["input_ids"])
+        if len(ids) >= shortest:
+            found.setdefault(tuple(ids[:2]), ids)
+    return list(found.values())
 
 
 @contextlib.contextmanager

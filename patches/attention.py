@@ -65,6 +65,7 @@ def attend(
         [B, Q, Hq, D] or [B * Q, Hq, D], in the query's dtype; rows of pads are 0.
     """
     rows = query if query.dim() == 3 else query.transpose(1, 2).flatten(0, 1)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if kv.k_scale is None and rows.dtype != kv.key_cache.dtype:  # under autocast
         rows = rows.to(kv.key_cache.dtype)
     step = kv.step
@@ -175,7 +176,10 @@ def apply(model: PreTrainedModel, facts: ModelFacts, log: PatchLog) -> None:
         for name, module in facts.attention.items():
             log.set_attribute(module, "_pagedkv_slopes", None)
             log.bind(module, "forward", families.forward)
-            log.runs(name, "attention", "paged_attention")
+            if facts.rules.dense_after == 0:
+                log.kept(name, "attention", f"{facts.stock} over gathered pages: its position bias is rounded")
+            else:
+                log.runs(name, "attention", "paged_attention")
         return
 
     memo: dict[int, Any] = {}

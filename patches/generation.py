@@ -44,7 +44,7 @@ _HARMLESS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One running `generate()`."""
 
@@ -60,12 +60,14 @@ class Driver:
     config: PagedConfig
     max_prompt: int | None
     has_prefixes: bool
+    dtypes: tuple[torch.dtype, torch.dtype]  # of the parameters and of keys and values, when it was patched
     before: dict[str, Any]  # name -> what the instance had under it, or None: its class's
     calls: list[Call] = field(default_factory=list)
     weights: int | None = None  # fingerprint of the parameters behind the cached prefixes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
-        twin = Driver(self.config, self.max_prompt, self.has_prefixes, copy.deepcopy(self.before, memo))
+        before = copy.deepcopy(self.before, memo)
+        twin = Driver(self.config, self.max_prompt, self.has_prefixes, self.dtypes, before)
         memo[id(self)] = twin
         return twin
 
@@ -106,7 +108,7 @@ def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             _finish(call, getattr(result, "past_key_values", None), failed=False)
             return result
         finally:
-            driver.calls.remove(call)
+            driver.calls.pop()
 
 
 def _explicit(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def _start_cache(
             f"the prompt has {longest} tokens, the model {driver.max_prompt} positions; shorten it, or patch with "
             "long_prompts='allow'"
         )
-    manager.follow(model.dtype, model.device)
+    _follow_model(model)
     manager.check_fits(longest, max_cache_length + 1 - columns)
     decided = embeds is None and _ids_decide(call, model_kwargs) and not generation_config.token_healing
     match = decided and driver.config.prefix_caching and driver.has_prefixes
@@ -228,6 +230,12 @@ def _start_cache(
     cache.trusted = True
     call.caches.append(cache)
     model_kwargs["past_key_values"] = cache
+
+
+def _follow_model(model: PreTrainedModel) -> None:
+    """Moves the pool after the model, if it moved. Keys and values may be of another dtype than the parameters."""
+    parameters, states = driver_of(model).dtypes
+    manager_of(model).follow(states if model.dtype == parameters else model.dtype, model.device)
 
 
 def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManager) -> None:
@@ -313,7 +321,7 @@ def _forward_planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
     if not (cache.pending and first is not None and cache.fits(*first.shape[:2])):
-        manager_of(self).follow(self.dtype, self.device)
+        _follow_model(self)
         cache.trusted = False
         if not _direct_ids_decide(cache, inputs):
             cache.stop_sharing()
@@ -366,7 +374,7 @@ def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: P
     """Bind the methods, and the manager as `model.paged_cache`."""
     manager = CacheManager(config, facts.specs, facts.dtype, facts.device, facts.rules)
     before = {name: vars(model).get(name) for name in _METHODS}
-    driver = Driver(config, facts.max_prompt, facts.has_prefixes, before)
+    driver = Driver(config, facts.max_prompt, facts.has_prefixes, (model.dtype, facts.dtype), before)
     log.set_attribute(model, "_pagedkv_driver", driver)
     log.set_attribute(model, "paged_cache", manager)
     for name, method in _METHODS.items():

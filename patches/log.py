@@ -50,9 +50,16 @@ class PatchLog:
         self.on_undo(partial(_restore, target, name, namespace.get(name, _Missing.MISSING)))
         namespace[name] = value
 
-    def bind(self, module: object, name: str, function: Callable[..., Any]) -> None:
-        """Bind `function` as a method of this one instance, in front of its class's method of that name."""
-        self.set_attribute(module, name, types.MethodType(function, module))
+    def bind(self, module: object, name: str, function: Any) -> None:
+        """Bind `function` as a method of this one instance, in front of its class's method of that name.
+
+        It is bound under that name, because pickle restores a bound method by it: an unpickled model runs its class's.
+        """
+        code, scope = function.__code__, function.__globals__
+        twin = types.FunctionType(code, scope, name, function.__defaults__, function.__closure__)
+        twin.__kwdefaults__ = function.__kwdefaults__
+        twin.__dict__.update(vars(function))
+        self.set_attribute(module, name, types.MethodType(twin, module))
 
     def on_undo(self, action: Callable[[], object]) -> None:
         """Run `action`, a partial, when the patch is undone, for changes that are not a plain attribute."""

@@ -33,7 +33,8 @@ _NAME = "_pagedkv_add_and_norm"
 def add_and_norm(module: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """(module(residual + x), residual + x), in one op where the module is a fused RMSNorm that nobody hooked."""
     spec = norm.spec_of(module)
-    if spec is None or match.has_hooks(module) or match.wants_grad(x, residual, module.weight):
+    mixed = x.dtype != residual.dtype  # under autocast
+    if spec is None or mixed or match.has_hooks(module) or match.wants_grad(x, residual, module.weight):
         residual = residual + x
         return module(residual), residual
     return ops.add_rms_norm(

@@ -102,22 +102,38 @@ def test_accuracy(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "fp32, greedy, prefix found" in text and "bf16, decode" in text and "fp8" in text
 
 
-def test_perplexity_is_that_of_the_sequences(tiny: None) -> None:
+def test_perplexity_is_that_of_the_texts(tiny: None) -> None:
     """Teacher forcing in steps, over left-padded rows, gives the NLL of each row on its own."""
     args = accuracy.parser().parse_args(ACCURACY)
     args.kv = []
     model, tokenizer = models.load("")
-    texts = prompts.texts()[:5]
-    data = accuracy.forced(model, tokenizer, texts, args)
-    got = accuracy.check_kv(model, data, args)
+    got = accuracy.check_kv(model, tokenizer, args)
+    texts = [ids[:64] for ids in prompts.beginnings(tokenizer, 2 * accuracy.KV_STEPS)]
     losses, count = 0.0, 0
-    for prompt, mask, rest in zip(data.ids, data.mask, data.next_ids):
-        ids = torch.cat([prompt[mask.bool()], rest])[None]
+    for text in texts:
+        ids = torch.tensor([text])
         with torch.inference_mode():
-            losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    assert got["tokens"] == count
+            losses += float(model(ids, labels=ids).loss) * (len(text) - 1)
+        count += len(text) - 1
+    assert (got["texts"], got["tokens"]) == (len(texts), count)
     assert got["perplexity"] == pytest.approx(torch.tensor(losses / count).exp().item(), rel=1e-4)
+
+
+def test_coarser_format_is_no_pass(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An fp8 cache where the error of int8 is expected."""
+    monkeypatch.setattr(accuracy, "KV_FORMATS", {"fp8": torch.int8})
+    assert accuracy.main([*ACCURACY, "--checks", "kv"]) == 1
+    assert "times the error of the format, the limit is 1.05" in capsys.readouterr().err
+
+
+def test_too_few_texts_is_no_pass(
+    tiny: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accuracy, "KV_RESOLUTION", 0.0)
+    assert accuracy.main([*ACCURACY, "--checks", "kv"]) == 1
+    assert "too uncertain to tell" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("check", accuracy.CHECKS)

@@ -87,8 +87,7 @@ const float* gather_scales(const float* scales, const Tile& tile, int kv_heads, 
   return to;
 }
 
-// ---- softmax
-// ---------------------------------------------------------------------------------------------------------
+// ---- softmax --------------------------------------------------------------------------------------------------------
 
 struct Logits {
   float scale, softcap, slope;
@@ -148,8 +147,7 @@ float softmax(const Logits& f, float* s, int n, int begin, int end, float distan
   return fade;
 }
 
-// ---- results
-// ---------------------------------------------------------------------------------------------------------
+// ---- results --------------------------------------------------------------------------------------------------------
 
 template <class Elem>
 INLINE void store_row(void* out, int64_t at, const float* o, int d, float factor) {
@@ -277,8 +275,7 @@ INLINE void prefetch_rows(const char* const* rows, int64_t offset, const char* c
   }
 }
 
-// ---- direct
-// ----------------------------------------------------------------------------------------------------------
+// ---- direct ---------------------------------------------------------------------------------------------------------
 
 // s[r][j] = q[r] . k[j] for R rows and the n keys of a tile; kDot: q and k as they are stored, in bfloat16.
 template <class KV, bool kDot, int R>
@@ -505,8 +502,7 @@ void run_direct(const AttentionArgs& a, const AttentionItem& it, const Attention
              x.max[h * rows + m], x.sum[h * rows + m]);
 }
 
-// ---- tiled
-// -----------------------------------------------------------------------------------------------------------
+// ---- tiled ----------------------------------------------------------------------------------------------------------
 
 // What the matrix kernel multiplies: 32-bit words, an fp32 each or (Pairs) two neighbouring bfloat16 of the summed
 // dimension.
@@ -724,8 +720,7 @@ void run_tiled(const AttentionArgs& a, const AttentionItem& it, const AttentionP
     finish(a, it, parts, part_rows, head, it.row_begin + m, x.o + m * x.o_stride, x.max[m], x.sum[m]);
 }
 
-// ---- the table
-// -------------------------------------------------------------------------------------------------------
+// ---- the table ------------------------------------------------------------------------------------------------------
 
 int64_t scratch(const AttentionArgs* a, const AttentionItem* it) {
   return it->tiled ? TiledScratch(*a, *it, nullptr).bytes : DirectScratch(*a, *it, nullptr).bytes;

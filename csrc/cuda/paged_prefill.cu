@@ -12,8 +12,8 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
   p.v_block = a.v_stride_block * bytes, p.v_token = a.v_stride_t * bytes, p.v_head = a.v_stride_h * bytes;
   p.page_shift = a.block_shift, p.pages = a.num_blocks, p.table_width = a.max_blocks;
   if (!a.block_tables) {
-    p.k_block = p.v_block = 0;
-    p.page_shift = 31, p.pages = p.table_width = 1;
+    p.k_block = p.k_token, p.v_block = p.v_token;
+    p.page_shift = 0, p.table_width = INT32_MAX;
   }
   p.group = a.num_heads / a.num_kv_heads;
   p.group_magic = uint32_t(((1u << 31) + p.group - 1) / p.group);

@@ -13,7 +13,8 @@
 //     wait for tile j | barrier | cp.async tile j + 1 | page ids of j + 2 -> register | S = QK, softmax, O += PV |
 //     row offsets of j + 2 -> shared
 // Two stages of K and V, one barrier a tile. An 8-bit cache has one stage of raw bytes and one of 16-bit values: each
-// thread turns the bytes it fetched itself into value * scale (float32, rounded once), with a second barrier.
+// thread converts the bytes it fetched itself, with a second barrier. K exactly: its scales multiply the float32
+// logits, which so carry no rounding of K. V to value * scale (float32, rounded once).
 //
 // Shared memory: Q [kRows][kDim], K and V [kKeys][kDim], 16 bytes as the unit ("chunk"); a row's chunks are permuted by
 // xor with its row number so that the eight rows of an ldmatrix and the stores of cp.async hit all banks. From head_dim
@@ -35,8 +36,9 @@
 namespace pagedkv::prefill {
 
 // Four stored bytes, times scale.
-__device__ __forceinline__ void dequantize(uint32_t bytes, bool fp8, float scale, float (&x)[4]) {
-  if (fp8) {
+template <KVType kKV>
+__device__ __forceinline__ void dequantize(uint32_t bytes, float scale, float (&x)[4]) {
+  if constexpr (kKV == KVType::kFp8) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const __nv_fp8x2_storage_t two = __nv_fp8x2_storage_t(bytes >> (16 * i));
@@ -55,7 +57,7 @@ __device__ __forceinline__ void dequantize(uint32_t bytes, bool fp8, float scale
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
 
-// Everything the kernel needs, worked out on the host. Strides are in bytes; a dense tensor is one page without end.
+// Everything the kernel needs, worked out on the host. Strides are in bytes; each row of a dense tensor is a page.
 struct Params {
   AttentionParams a;
   int64_t k_block, k_token, k_head, v_block, v_token, v_head;
@@ -115,7 +117,8 @@ struct KeyRow<true> {
 template <class S, bool kQuantized>
 struct Tables {
   KeyRow<kQuantized> rows[2][S::kKeys];  // of tiles j and j + 1
-  float scales[kQuantized ? 2 : 1][kQuantized ? S::kKeys : 1];
+  float k_scales[2][kQuantized ? S::kKeys : 2];  // of tiles j and j + 1
+  float v_scales[kQuantized ? S::kKeys : 1];
   uint32_t readable[4][S::kKeys / 32];  // of tiles j .. j + 2: key is needed and its page exists
 };
 
@@ -156,9 +159,7 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
   // Row r of the tile is (token, head): its token counted from the sequence's first
   auto token_of = [&](int r) { return first_token + int(__umulhi(2u * uint32_t(first_head + r), p.group_magic)); };
   auto head_of = [&](int r, int token) { return first_head + r - (token - first_token) * p.group; };
-  const int key_start = a.key_start ? a.key_start[sequence] : 0;
-  int keys = readable_keys(a, seq_len);
-  if (!a.block_tables) keys = key_start < 0 ? 0 : min(keys, a.num_blocks - key_start);  // rows that exist
+  const int keys = readable_keys(a, seq_len);
   const int last_token = token_of(rows - 1);
   const auto [begin, end] = visible_keys(a, shift + first_token, shift + last_token, keys);  // seen by some row
   if (begin >= end) return;
@@ -174,13 +175,13 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
   const int warp_token = token_of(min(rows, warp_row + S::kWarpRows) - 1);
   const int warp_end = warp_row < rows ? visible_keys(a, shift + warp_token, keys).hi : 0;
 
-  // Pages: thread t looks after key t of each tile. Keys that no row needs and pages that do not exist are not
-  // readable: they come in as zeros and are masked, whatever lies there.
-  const int* table = a.block_tables ? a.block_tables + sequence * a.table_stride : nullptr;
+  // Pages: thread t looks after key t of each tile. Keys that no row needs, pages that do not exist and rows outside of
+  // a dense tensor are not readable: they come in as zeros and are masked, whatever lies there.
+  const int* table = a.block_tables ? a.block_tables + sequence * a.table_stride : a.key_start + sequence;
   auto page_of = [&](int tile) {
     const int key = tile * kKeys + thread, index = key >> p.page_shift;
     if (key < begin || key >= end || index >= p.table_width) return -1;
-    return table ? table[index] : 0;
+    return a.block_tables ? table[index] : int(uint32_t(*table) + uint32_t(key));
   };
   auto write_rows = [&](int tile, int page) {
     const bool ok = uint32_t(page) < uint32_t(p.pages);
@@ -201,8 +202,8 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
   const uint32_t place = swizzle<S::kChunks>(row0, column) * 16;
   constexpr int kChunkBytes = kQuantized ? 8 : 16;  // of the cache, in global memory
   const int64_t column_bytes = (column < columns ? column : 0) * kChunkBytes;
-  const char* const k_base = static_cast<const char*>(a.k) + key_start * p.k_token + kv_head * p.k_head + column_bytes;
-  const char* const v_base = static_cast<const char*>(a.v) + key_start * p.v_token + kv_head * p.v_head + column_bytes;
+  const char* const k_base = static_cast<const char*>(a.k) + kv_head * p.k_head + column_bytes;
+  const char* const v_base = static_cast<const char*>(a.v) + kv_head * p.v_head + column_bytes;
   constexpr int kRaw = S::kStages * 2 * S::kTileBytes;  // raw bytes of an 8-bit cache, behind the 16-bit tiles
 
   auto load_tile = [&](int tile) {
@@ -231,31 +232,32 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
       if (thread < kKeys) {
         const bool ok = (tables.readable[tile & 3][thread / 32] >> lane) & 1;
         const int64_t scale = key_rows[thread].scale;
-        cp_async<4>(smem_address(&tables.scales[0][thread]), a.k_scale + scale, ok);
-        cp_async<4>(smem_address(&tables.scales[1][thread]), a.v_scale + scale, ok);
+        cp_async<4>(smem_address(&tables.k_scales[tile & 1][thread]), a.k_scale + scale, ok);
+        cp_async<4>(smem_address(&tables.v_scales[thread]), a.v_scale + scale, ok);
       }
   };
   // 8-bit cache: the bytes that this thread fetched -> 16-bit values in the tile
-  auto dequantize_tile = [&] {
-    if constexpr (kQuantized) {
+  auto dequantize_tile = [&]<KVType kKV>() {
 #pragma unroll
-      for (int kv = 0; kv < 2; ++kv)
+    for (int i = 0; i < kKeys; i += S::kStep) {
+      const float v_scale = tables.v_scales[kQuantized ? row0 + i : 0];
 #pragma unroll
-        for (int i = 0; i < kKeys; i += S::kStep) {
-          const float scale = tables.scales[kv][row0 + i];
-#pragma unroll
-          for (int c = 0; c < S::kColumns; ++c) {
-            const uint2 raw = *reinterpret_cast<const uint2*>(shared + S::kKvStart + kRaw + kv * S::kRawBytes +
-                                                              (row0 + i) * kDim + (column + c * S::kLanes) * 8);
-            float low[4], high[4];
-            dequantize(raw.x, p.fp8, scale, low);
-            dequantize(raw.y, p.fp8, scale, high);
-            *reinterpret_cast<uint4*>(shared + S::kKvStart + kv * S::kTileBytes + place + i * S::kRowBytes +
-                                      c * S::kLanes * 16) =
-                make_uint4(pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]),
-                           pack2<T>(high[2], high[3]));
-          }
-        }
+      for (int c = 0; c < S::kColumns; ++c) {
+        const unsigned char* const raw =
+            shared + S::kKvStart + kRaw + (row0 + i) * kDim + (column + c * S::kLanes) * 8;
+        unsigned char* const values = shared + S::kKvStart + place + i * S::kRowBytes + c * S::kLanes * 16;
+        const uint2 k = *reinterpret_cast<const uint2*>(raw), v = *reinterpret_cast<const uint2*>(raw + S::kRawBytes);
+        uint4 k_values;
+        dequantize4<T, kKV, true>(k.x, k_values.x, k_values.y);
+        dequantize4<T, kKV, true>(k.y, k_values.z, k_values.w);
+        *reinterpret_cast<uint4*>(values) = k_values;
+        float low[4], high[4];
+        dequantize<kKV>(v.x, v_scale, low);
+        dequantize<kKV>(v.y, v_scale, high);
+        *reinterpret_cast<uint4*>(values + S::kTileBytes) =
+            make_uint4(pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]),
+                       pack2<T>(high[2], high[3]));
+      }
     }
   };
 
@@ -326,7 +328,11 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
     cp_async_wait<0>();
     __syncthreads();
     if constexpr (kQuantized) {
-      dequantize_tile();
+      if (p.fp8) {
+        dequantize_tile.template operator()<KVType::kFp8>();
+      } else {
+        dequantize_tile.template operator()<KVType::kInt8>();
+      }
       __syncthreads();
     }
     if (tile < last_tile) load_tile(tile + 1);
@@ -366,6 +372,18 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
             mma_16816<T>(s[b][2 * n], q[b], k[0], k[1]);
             mma_16816<T>(s[b][2 * n + 1], q[b], k[2], k[3]);
           }
+        }
+      }
+
+      if constexpr (kQuantized) {
+        const float* scales = tables.k_scales[tile & 1] + 2 * (lane & 3);
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n) {
+          const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * n);
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) s[b][n][2 * h] *= scale.x, s[b][n][2 * h + 1] *= scale.y;
         }
       }
 
@@ -501,7 +519,7 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
     if (look_ahead) write_rows(tile + 2, page);
   }
 
-  // Normalise. The sink is one more term of the sum; a row that saw nothing keeps its 0 and -inf.
+  // Normalise. The sink is one more term of the sum; a row that saw nothing, since no page exists, becomes 0 and -inf.
   if constexpr (S::kWide) __syncthreads();  // K and V lie where the output is staged
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
@@ -515,16 +533,16 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
       const int64_t q_row = int64_t(query_start) + token;
       const bool seen = total != 0.f;
       float factor = seen ? 1.f : 0.f, base = top[b][h];
-      if (seen && row < rows) {
-        if (a.sinks) {
+      if (row < rows) {
+        if (seen && a.sinks) {
           const float sink = a.sinks[head] * kLog2e;
           base = fmaxf(base, sink);
           factor = exp2_fast(top[b][h] - base);
           total = total * factor + exp2_fast(sink - base);
         }
-        factor /= total;
+        if (seen) factor /= total;
         if (a.lse && (lane & 3) == 0 && q_row >= 0 && q_row < a.num_tokens)
-          a.lse[q_row * a.num_heads + head] = base * kLn2 + logf(total);
+          a.lse[q_row * a.num_heads + head] = seen ? base * kLn2 + logf(total) : kNegInf;
       }
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d)

@@ -17,7 +17,7 @@ from ops.accuracy import FLOATS, assert_as_accurate, same_bits
 from ops.samples import PAGED, POISON_BLOCK, Dense, Paged, dense, paged
 from ops.samples_small import QUANTIZED, Inputs
 from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from torch_pagedkv import ops
 from torch_pagedkv.ops import REFERENCES
@@ -42,7 +42,10 @@ def assert_accurate(got: Tensor, stock: Tensor, exact: Tensor) -> None:
 
 def check(problem: Paged | Dense, *results: tuple[Tensor, Tensor]) -> None:
     """Outputs and lse are as accurate as PyTorch's, and finite wherever something is seen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # PyTorch's small steps lose far more to waiting for threads than they gain
     (exact, exact_lse), (stock, stock_lse) = problem.exact(), problem.stock()
+    torch.set_num_threads(threads)
     seen = ~exact_lse.isinf()
     for out, lse in results:
         assert out.dtype == problem.query.dtype
@@ -402,13 +405,12 @@ def test_compiles_once_for_all_lengths(device: str) -> None:
     def step(query: Tensor, *rest: Tensor) -> Tensor:
         return torch.relu(ops.paged_attention(query * 2, *rest, max_query_len=128)) + query
 
-    counter = CompileCounterWithBackend("inductor")
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for lens in ((50, 9), (30, 17), (80, 3)):
         args = paged(device, lens, lens).args()[:7]
         with torch.no_grad():
             assert same_bits(compiled(*args), step(*args))
-    assert counter.frame_count == 1
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
@@ -427,7 +429,7 @@ def test_each_instruction_set(isa: str) -> None:
         "-p",
         "no:cacheprovider",
     ]
-    env = {**os.environ, "PAGEDKV_SIMD": isa}
+    env = {**os.environ, "PAGEDKV_SIMD": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

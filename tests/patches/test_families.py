@@ -72,3 +72,9 @@ def test_falcon_alibi_beyond_its_rounding() -> None:
     want = tiny.generate(model, inputs)
     torch_pagedkv.patch(model)
     assert torch.equal(tiny.generate(model, inputs), want)
+
+    wide, short = tiny.make("falcon_alibi", num_attention_heads=16, hidden_size=128), tiny.batch()
+    want = tiny.generate(wide, short)  # slopes of 16 heads are no powers of two: never linear
+    rows = [row for row in torch_pagedkv.report(torch_pagedkv.patch(wide)).rows if row.kind == "attention"]
+    assert all(row.op is None and "rounded" in row.reason for row in rows) and len(rows) == 2
+    assert torch.equal(tiny.generate(wide, short), want)

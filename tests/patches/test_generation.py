@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -412,3 +414,52 @@ def test_inference_mode(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     with torch.inference_mode():
         assert torch.equal(tiny.generate(pair[1], inputs), want)
     assert torch.equal(tiny.generate(pair[1], inputs), want)
+
+
+def test_generate_inside_generate(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    """A logits processor that asks the same model."""
+    inputs, answers = tiny.batch((9,)), []
+
+    class Nested(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            answers.append(pair[1].generate(input_ids, max_new_tokens=2, do_sample=False)[:, -2:])
+            return scores
+
+    want = tiny.generate(pair[0], inputs, max_new_tokens=6)
+    got = tiny.generate(pair[1], inputs, max_new_tokens=6, logits_processor=LogitsProcessorList([Nested()]))
+    assert torch.equal(got, want)
+    assert [int(answer[0, 0]) for answer in answers] == want[0].tolist()
+
+
+def test_threads_take_turns(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    batches = [tiny.batch(seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda inputs: tiny.generate(pair[1], inputs), batches))
+    for inputs, result in zip(batches, results):
+        assert torch.equal(result, tiny.generate(pair[0], inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+def test_random_calls_share_prefixes(family: str) -> None:
+    """Random ragged batches cut from a few texts, in random modes, in a pool so small that prefixes are evicted."""
+    stock = tiny.make(family)
+    patched = torch_pagedkv.patch(tiny.make(family), block_size=8, num_blocks=64)
+    generator = random.Random(7)
+    texts = [tiny.batch((60,), seed=seed)["input_ids"][0] for seed in range(6)]
+    modes: list[dict[str, Any]] = [
+        {},
+        {"num_beams": 2},
+        {"prefill_chunk_size": 7},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ]
+    for _ in range(25):
+        rows = [generator.choice(texts)[: generator.randint(1, 60)] for _ in range(generator.randint(1, 3))]
+        width = max(map(len, rows))
+        pads = torch.tensor([[width - len(row)] for row in rows])
+        ids = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
+        inputs = {"input_ids": ids, "attention_mask": (torch.arange(width) >= pads).long()}
+        options = generator.choice(modes) | {"max_new_tokens": generator.randint(1, 12)}
+        assert torch.equal(tiny.generate(patched, inputs, **options), tiny.generate(stock, inputs, **options)), options
+        assert_nothing_leaks(patched)
+    stats = patched.paged_cache.stats()
+    assert stats["hits"] > 10 and stats["evictions"] > 0

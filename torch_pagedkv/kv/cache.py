@@ -770,4 +770,5 @@ class PagedCache(Cache):
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, H, Q, D] -> [B * Q, H, D]. Under autocast the states come in another dtype than the model's."""
-    return x.detach().transpose(1, 2).flatten(0, 1).to(dtype)
+    rows = x.detach().transpose(1, 2).flatten(0, 1).to(dtype)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -156,7 +156,9 @@ class CacheManager:
             self._dropped.clear()
             self.epoch += 1
 
-    reset = discard
+    def reset(self) -> None:
+        """Gives all memory back and forgets all prefixes; a `PagedCache` alive raises when it is used again."""
+        self.discard()
 
     def reset_prefixes(self) -> None:
         """Forgets all prefixes, for example because the weights changed; sequences alive go on."""
@@ -248,21 +250,24 @@ class CacheManager:
     def stats(self) -> dict[str, Any]:
         """Counts of the cache: sizes in blocks (``num_blocks`` = ``used`` + ``cached`` + ``free``), hits in calls and
         tokens, memory in bytes. `kv.blocks.CacheStats` explains each; before the first use only sizes are given."""
-        with self.lock:
-            size = bytes_per_block(self.specs, self.block_size, self.dtype, self.config.kv_cache_dtype)
-            if self._blocks is None:
-                counts = dict.fromkeys((f.name for f in dataclasses.fields(_EMPTY)), 0)
-            else:
+        if self.lock.acquire(blocking=False):  # a monitor shall not wait for a generate() in another thread
+            try:
                 self.drain()
-                counts = dataclasses.asdict(self._blocks.stats())
-            return {
-                "block_size": self.block_size,
-                **counts,
-                "bytes_per_block": size,
-                "bytes_total": counts["num_blocks"] * size,
-                "bytes_used": counts["used"] * size,
-                "dtype": self.config.kv_cache_dtype or str(self.dtype).removeprefix("torch."),
-            }
+            finally:
+                self.lock.release()
+        blocks = self._blocks
+        counts = dataclasses.asdict(_EMPTY if blocks is None else blocks.stats())
+        if blocks is None:
+            counts = dict.fromkeys(counts, 0)
+        size = bytes_per_block(self.specs, self.block_size, self.dtype, self.config.kv_cache_dtype)
+        return {
+            "block_size": self.block_size,
+            **counts,
+            "bytes_per_block": size,
+            "bytes_total": counts["num_blocks"] * size,
+            "bytes_used": counts["used"] * size,
+            "dtype": self.config.kv_cache_dtype or str(self.dtype).removeprefix("torch."),
+        }
 
 
 _EMPTY = BlockManager(1, 1).stats()

@@ -1,0 +1,15 @@
+// Stand-in for CUDA's header of this name: the bfloat16 types and functions that the kernels use.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+
+using __nv_bfloat16 = torch::headeronly::BFloat16;  // rounds to nearest even, as the hardware does
+
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfloat16(x), __nv_bfloat16(y)}; }
+inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__nv_bfloat16(float(a.x) - float(b.x)), __nv_bfloat16(float(a.y) - float(b.y))};
+}

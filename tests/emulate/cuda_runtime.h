@@ -1,0 +1,361 @@
+// Stand-in for CUDA's header of this name: a GPU on the CPU, as far as csrc/cuda needs one. What it shows and what it
+// cannot is in __init__.py.
+//
+// A thread block runs on one CPU thread, each of its threads as a fiber that yields wherever CUDA threads wait for each
+// other: barriers, warp collectives. runtime.cpp schedules the fibers. Blocks run one after the other.
+//
+// Everything that a real GPU forbids and this file can see ends the process with a message (emulate::fail).
+#pragma once
+
+#include <cuda_fp16.h>
+#include <math.h>
+#include <stdlib.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+// ---- language -------------------------------------------------------------------------------------------------------
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 : uint3 {
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : uint3{x_, y_, z_} {}
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+extern uint3 threadIdx, blockIdx;  // of the fiber that runs
+extern dim3 blockDim, gridDim;
+
+// ---- host side ------------------------------------------------------------------------------------------------------
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
+enum cudaMemcpyKind { cudaMemcpyDefault };
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  void* devicePointer;
+};
+
+namespace emulate {
+
+// Prints what went wrong, in which kernel, block and thread, and aborts.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// From the environment: EMULATE_SEED, EMULATE_SMS and EMULATE_SHARED (bytes a block may have). Read once.
+struct Settings {
+  unsigned seed;
+  int sms, shared;
+};
+const Settings& settings();
+
+cudaError_t set_max_shared(const void* kernel, int bytes);
+cudaError_t last_error();  // of a launch; reading it clears it
+const char* error_name(cudaError_t error);
+
+struct Config {
+  dim3 grid, block;
+  size_t shared;
+  Config(dim3 grid_, dim3 block_, size_t shared_ = 0, cudaStream_t = nullptr)
+      : grid(grid_), block(block_), shared(shared_) {}
+};
+void run(const char* name, const void* kernel, const Config& config, const std::function<void()>& thread);
+
+// kernel<<<config>>>(args...); arguments are evaluated once and every thread gets a copy
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), const Config& config, A&&... args) {
+  const std::tuple<std::decay_t<P>...> parameters(std::forward<A>(args)...);
+  run(name, reinterpret_cast<const void*>(kernel), config, [&] { std::apply(kernel, parameters); });
+}
+
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+  ~DeviceGuard() {}
+};
+
+}  // namespace emulate
+
+inline cudaError_t cudaGetLastError() { return emulate::last_error(); }
+inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const auto& s = emulate::settings();
+  *value = attribute == cudaDevAttrMultiProcessorCount ? s.sms : s.shared;
+  return cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
+  return emulate::set_max_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
+  *a = {cudaMemoryTypeHost, const_cast<void*>(p)};
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  return memcpy(to, from, bytes), cudaSuccess;
+}
+
+#undef STD_CUDA_CHECK
+#define STD_CUDA_CHECK(call)                                                                       \
+  do {                                                                                             \
+    const cudaError_t error = call;                                                                \
+    if (error != cudaSuccess) throw std::runtime_error(#call ": " + std::string(emulate::error_name(error))); \
+  } while (0)
+
+// ---- threads --------------------------------------------------------------------------------------------------------
+
+namespace emulate {
+
+constexpr int kWarp = 32;
+
+void block_barrier();
+
+// A warp-wide operation. Deposits a lane's operands; the last lane to come runs `all` on the 32 of them, then everyone
+// goes on. `name` tells operations apart: lanes that meet in different ones are an error.
+void collective(const char* name, void* mine, void (*all)(void* const (&lanes)[kWarp]));
+
+// The lanes' T, in and out, for an operation over the whole warp.
+template <class T, class F>
+T warp_operation(const char* name, unsigned mask, const T& mine, F) {
+  if (mask != ~0u) fail("%s of mask %08x: only full warps are emulated", name, mask);
+  T lane = mine;
+  collective(name, &lane, [](void* const(&lanes)[kWarp]) {
+    T* x[kWarp];
+    for (int l = 0; l < kWarp; ++l) x[l] = static_cast<T*>(lanes[l]);
+    F{}(x);
+  });
+  return lane;
+}
+
+template <class T>
+struct Shuffle {
+  T in, out;
+  int lane;  // to take from
+};
+template <class T>
+T shuffle(const char* name, unsigned mask, T x, int from) {
+  return warp_operation(name, mask, Shuffle<T>{x, x, from},
+                        [](Shuffle<T>* const* lanes) {
+                          for (int l = 0; l < kWarp; ++l) lanes[l]->out = lanes[lanes[l]->lane]->in;
+                        })
+      .out;
+}
+inline int lane() { return int((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % kWarp); }
+
+struct Vote {
+  bool in;
+  unsigned out;
+};
+inline unsigned ballot(const char* name, unsigned mask, bool vote) {
+  return warp_operation(name, mask, Vote{vote, 0},
+                        [](Vote* const* lanes) {
+                          unsigned bits = 0;
+                          for (int l = 0; l < kWarp; ++l) bits |= unsigned(lanes[l]->in) << l;
+                          for (int l = 0; l < kWarp; ++l) lanes[l]->out = bits;
+                        })
+      .out;
+}
+
+}  // namespace emulate
+
+inline void __syncthreads() { emulate::block_barrier(); }
+inline void __syncwarp() {
+  emulate::collective("__syncwarp", nullptr, [](void* const(&)[emulate::kWarp]) {});
+}
+inline void __threadfence() {}
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+  return emulate::shuffle("__shfl_sync", mask, x, lane % emulate::kWarp);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int bits) {
+  return emulate::shuffle("__shfl_xor_sync", mask, x, emulate::lane() ^ bits);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, int distance) {
+  const int from = emulate::lane() - distance;
+  return emulate::shuffle("__shfl_up_sync", mask, x, from < 0 ? emulate::lane() : from);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, int distance) {
+  const int from = emulate::lane() + distance;
+  return emulate::shuffle("__shfl_down_sync", mask, x, from >= emulate::kWarp ? emulate::lane() : from);
+}
+inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulate::ballot("__ballot_sync", mask, vote); }
+inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any_sync", mask, vote) != 0; }
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+namespace emulate {
+
+// The block's dynamic shared memory. It starts out as NaN, and ends at a page that may not be touched.
+uint8_t* dynamic_shared();
+
+// A __shared__ variable of a function: likewise.
+uint8_t* allocate_guarded(size_t bytes, size_t alignment);
+long block_number();  // counts all blocks ever run
+template <class T>
+class SharedVariable {
+ public:
+  T& get() {
+    if (block_ != block_number()) memset(storage_, 0xff, sizeof(T)), block_ = block_number();
+    return *reinterpret_cast<T*>(storage_);
+  }
+
+ private:
+  uint8_t* storage_ = allocate_guarded(sizeof(T), alignof(T));
+  long block_ = -1;
+};
+
+uint32_t shared_address(const void* p);
+
+}  // namespace emulate
+
+inline size_t __cvta_generic_to_shared(const void* p) { return emulate::shared_address(p); }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T atomicAdd(T* p, T x) {
+  return std::exchange(*p, T(*p + x));
+}
+inline int atomicMax(int* p, int x) { return std::exchange(*p, *p > x ? *p : x); }
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+template <class A, class B>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return C(a) < C(b) ? C(a) : C(b);
+}
+template <class A, class B>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  return C(a) > C(b) ? C(a) : C(b);
+}
+template <class To, class From>
+To emulate_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &x, sizeof to);
+  return to;
+}
+inline unsigned __float_as_uint(float x) { return emulate_bits<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return emulate_bits<float>(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+// The approximate ones are off by about what the hardware may be off, so that code that needs more is seen to.
+inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-23f); }
+inline float __logf(float x) { return logf(x) * (1 + 0x1p-20f); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline int __float2int_rn(float x) {
+  if (x != x) return 0;
+  const double r = nearbyint(double(x));
+  return r >= 0x1p31 ? 0x7fffffff : r < -0x1p31 ? -0x7fffffff - 1 : int(r);
+}
+inline unsigned long long __float2ull_rn(float x) {
+  if (x != x) return 1ull << 63;
+  return x >= 0x1p64f ? ~0ull : x < 0 ? 0 : static_cast<unsigned long long>(nearbyint(double(x)));
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned s = selector >> 4 * i, byte = bytes >> 8 * (s & 7) & 0xff;
+    r |= (s & 8 ? (byte & 0x80 ? 0xff : 0) : byte) << 8 * i;
+  }
+  return r;
+}
+
+// ---- PTX: transform.py turns asm("name operands") into emulate::ptx::name(operands in the order of the text) ---------
+
+namespace emulate::ptx {
+
+inline void ex2_approx_ftz_f32(float& y, float x) {
+  y = exp2f(x);
+  if (fabsf(y) < 0x1p-126f) y = 0;
+}
+
+void cp_async(uint32_t target, const void* source, int size, int bytes);
+inline void cp_async_cg_shared_global(uint32_t target, const void* source, int size, int bytes) {
+  if (size != 16) fail("cp.async.cg of %d bytes: only 16 exist", size);
+  cp_async(target, source, size, bytes);
+}
+inline void cp_async_ca_shared_global(uint32_t target, const void* source, int size, int bytes) {
+  if (size != 4 && size != 8 && size != 16) fail("cp.async.ca of %d bytes: only 4, 8 and 16 exist", size);
+  cp_async(target, source, size, bytes);
+}
+void cp_async_commit_group();
+void cp_async_wait_group(int pending);
+
+void ldmatrix(uint32_t* const (&r)[4], uint32_t address, bool transposed);
+inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                                     uint32_t address) {
+  ldmatrix({&a, &b, &c, &d}, address, false);
+}
+inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
+                                                           uint32_t address) {
+  ldmatrix({&a, &b, &c, &d}, address, true);
+}
+
+// d = a b + c, one lane's fragments of m16n8k16
+struct Mma {
+  float d[4];
+  uint32_t a[4], b[2];
+  float c[4];
+};
+void mma_half(Mma& lane);
+void mma_bfloat16(Mma& lane);
+#define EMULATE_MMA(name, function)                                                                              \
+  inline void name(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
+                   uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {                           \
+    Mma m{{}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};                                                      \
+    function(m);                                                                                                 \
+    d0 = m.d[0], d1 = m.d[1], d2 = m.d[2], d3 = m.d[3];                                                          \
+  }
+EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, mma_half)
+EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, mma_bfloat16)
+#undef EMULATE_MMA
+
+}  // namespace emulate::ptx
