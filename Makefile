@@ -32,6 +32,8 @@ endif
 # pip's progress on a terminal, its errors always, its remarks about package indexes never.
 PIP_INSTALL = $(PY) -m pip install --no-input $$([ -t 1 ] || echo --quiet) \
   2> >(grep -v -e '^WARNING: ' -e '^$$' >&2 || true)
+# A worker a core, where pytest-xdist is installed.
+WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist worksteal" if u.find_spec("xdist") else "")')
 SAY = @printf 'torch_pagedkv: %s\n'
 NATIVE_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
 
@@ -50,10 +52,10 @@ demo: build
 	@$(PY) -m torch_pagedkv.cli demo $(ARGS)
 
 test: build
-	@$(PY) -m pytest -m 'not slow' $(ARGS)
+	@$(PY) -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: build
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(WORKERS) $(ARGS)
 
 bench: build
 	@$(PY) -m torch_pagedkv.cli bench $(ARGS)

@@ -7,7 +7,7 @@
 
 namespace pagedkv {
 
-inline std::string dtype_of(const Tensor& t) { return torch::headeronly::toString(t.scalar_type()); }
+inline std::string dtype_of(const Tensor& t) { return name_of(t.scalar_type()); }
 inline std::string device_of(const Tensor& t) {
   return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : std::string("cpu");
 }
@@ -39,7 +39,7 @@ inline void check_float(const char* op, const char* arg, const Tensor& t) {
   PAGEDKV_CHECK(is_float(t.scalar_type()), op, arg, dtype_of(t), "float32, float16 or bfloat16");
 }
 inline void check_dtype(const char* op, const char* arg, const Tensor& t, ScalarType want) {
-  PAGEDKV_CHECK(t.scalar_type() == want, op, arg, dtype_of(t), torch::headeronly::toString(want));
+  PAGEDKV_CHECK(t.scalar_type() == want, op, arg, dtype_of(t), name_of(want));
 }
 inline void check_same_dtype(const char* op, const char* arg, const Tensor& t, const char* other, const Tensor& o) {
   PAGEDKV_CHECK(t.scalar_type() == o.scalar_type(), op, arg, dtype_of(t), other, "'s dtype, ", dtype_of(o));
@@ -179,7 +179,7 @@ inline void check_gather_cache(const Tensor& k, const Tensor& v, const Tensor& t
   check_block_tables(op, tables, seq_lens, k);
   check_vector(op, "out_start", out_start, tables.size(0), ScalarType::Int, "key_cache", k);
   PAGEDKV_CHECK(total >= 0, op, "total_tokens", total, "0 or more");
-  PAGEDKV_CHECK(is_float(dtype), op, "dtype", torch::headeronly::toString(dtype), "float32, float16 or bfloat16");
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
 }
 
 // attention ----------------------------------------------------------------------------------------------------------
@@ -206,10 +206,10 @@ inline void check_paged_attention(const char* op, const Tensor& q, const Tensor&
                                   int64_t max_query_len, const OptTensor& alibi, int64_t window, double softcap,
                                   const OptTensor& sinks, const OptTensor& k_scale, const OptTensor& v_scale) {
   check_cache(op, k, v, k_scale, v_scale);
+  check_block_tables(op, tables, seq_lens, k);
   check_query(op, q, k.size(2), k.size(3), start, len, tables.size(0), max_query_len, alibi, window, softcap, sinks);
   if (!is_quantized(k.scalar_type())) check_same_dtype(op, "key_cache", k, "query", q);
   check_device(op, "key_cache", k, "query", q);
-  check_block_tables(op, tables, seq_lens, k);
 }
 
 inline void check_flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_start,

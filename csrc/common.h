@@ -37,6 +37,30 @@ inline std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
+// A dtype as Python writes it.
+inline std::string name_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    default:
+      return torch::headeronly::toString(t);
+  }
+}
+
 inline bool is_float(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
@@ -73,7 +97,7 @@ inline void dispatch_float(ScalarType t, const char* op, F&& f) {
       f(BFloat16{});
       return;
     default:
-      fail(op, ": got dtype ", torch::headeronly::toString(t), ", needs float32, float16 or bfloat16");
+      fail(op, ": got dtype ", name_of(t), ", needs float32, float16 or bfloat16");
   }
 }
 

@@ -7,6 +7,11 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    """One thread: the tensors are small, and where cores are shared OpenMP's barriers cost ten times what they give."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip ``gpu`` tests on a machine without one."""
     if torch.version.cuda is None or torch.cuda.device_count() == 0:

@@ -57,7 +57,7 @@ void launch_prefill(const AttentionParams& a, ScalarType dtype, KVType kv, cudaS
       launch(__nv_bfloat16{});
       return;
     default:
-      fail("launch_prefill: got dtype ", torch::headeronly::toString(dtype), ", needs float16 or bfloat16");
+      fail("launch_prefill: got dtype ", name_of(dtype), ", needs float16 or bfloat16");
   }
 }
 

@@ -24,9 +24,10 @@ from torch_pagedkv import build as native  # noqa: E402
 HEAD_DIMS = (64, 96, 256)  # each shape of the attention kernels: one k-step of swizzling, an odd number of them, wide
 BUCKETS = (32, 64, 96, 128, 192, 256)  # that csrc/cuda chooses from
 
-# -fsanitize traps on misaligned vectors, indices outside of local arrays, shifts and integer overflow.
+# Multiplications and additions fuse as nvcc has it. -fsanitize traps on misaligned vectors, indices outside of local arrays, shifts and integer overflow.
 FLAGS = (
-    "-x c++ -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -w -DUSE_CUDA "
+    "-x c++ -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -march=native -ffp-contract=fast -w "
+    "-DUSE_CUDA "
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero -fsanitize-undefined-trap-on-error"
 )
 

@@ -12,10 +12,10 @@
 #include <stdlib.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <functional>
-#include <initializer_list>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -272,22 +272,21 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   using C = std::common_type_t<A, B>;
   return C(a) > C(b) ? C(a) : C(b);
 }
-template <class To, class From>
-To emulate_bits(From x) {
-  static_assert(sizeof(To) == sizeof(From));
-  To to;
-  memcpy(&to, &x, sizeof to);
-  return to;
-}
-inline unsigned __float_as_uint(float x) { return emulate_bits<unsigned>(x); }
-inline float __uint_as_float(unsigned x) { return emulate_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-// The approximate ones are off by about what the hardware may be off, so that code that needs more is seen to.
-inline float __fdividef(float a, float b) { return a / b * (1 + 0x1p-23f); }
-inline float __logf(float x) { return logf(x) * (1 + 0x1p-20f); }
+// A result of an approximate function, as far off as the hardware may be: up to `ulps` either way, by chance (the same
+// for the same result).
+inline float approximate(float y, int ulps) {
+  if (!isfinite(y) || y == 0) return y;
+  const unsigned bits = __float_as_uint(y), hash = bits * 0x9E3779B1u >> 16;
+  return __uint_as_float(bits + hash % (2 * ulps + 1) - ulps);
+}
+inline float __fdividef(float a, float b) { return approximate(a / b, 2); }
+inline float __logf(float x) { return approximate(logf(x), 3); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __float2int_rn(float x) {
   if (x != x) return 0;
@@ -314,7 +313,7 @@ namespace emulate::ptx {
 
 inline void ex2_approx_ftz_f32(float& y, float x) {
   y = exp2f(x);
-  if (fabsf(y) < 0x1p-126f) y = 0;
+  y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
 }
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);

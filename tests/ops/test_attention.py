@@ -491,7 +491,7 @@ def test_bad_scales_and_splits(device: str) -> None:
         with pytest.raises(RuntimeError, match="paged_attention_v2: num_splits: got"):
             p.run("paged_attention_v2", splits)
     p = paged(device, dtype=torch.float16).replace(query=p.query)
-    with pytest.raises(RuntimeError, match="paged_attention: key_cache: got Half, needs query's dtype, Float"):
+    with pytest.raises(RuntimeError, match="paged_attention: key_cache: got float16, needs query's dtype, float32"):
         p.run()
     for block_size, d in ((4, 64), (16, 12), (16, 264)):
         cache = torch.zeros(8, block_size, 2, d, device=device)

@@ -136,14 +136,14 @@ def arguments(device: str) -> dict[str, Any]:
     ("argument", "change", "message"),
     [
         ("key", lambda x: x[:, :1], r"key: got shape \[3, 1, 16\], needs \[T, Hkv, D\]"),
-        ("key", lambda x: x.double(), "key: got Double, needs float32, float16 or bfloat16"),
-        ("value", lambda x: x.half(), "value: got Half, needs key's dtype, Float"),
+        ("key", lambda x: x.double(), "key: got float64, needs float32, float16 or bfloat16"),
+        ("value", lambda x: x.half(), "value: got float16, needs key's dtype, float32"),
         ("value", lambda x: x[:2], r"value: got shape \[2, 2, 16\], needs key's shape"),
         ("key", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "key: got stride 2 in the last dimension"),
-        ("key_cache", lambda x: x.to(torch.bfloat16), "value_cache: got Float, needs key_cache's dtype"),
+        ("key_cache", lambda x: x.to(torch.bfloat16), "value_cache: got float32, needs key_cache's dtype"),
         ("key_cache", lambda x: torch.cat([x, x])[2:], "key_cache: got a view at storage offset 512"),
         ("key_cache", lambda x: x[:, :6], "value_cache: got shape"),
-        ("slot_mapping", lambda x: x.int(), "slot_mapping: got Int, needs Long"),
+        ("slot_mapping", lambda x: x.int(), "slot_mapping: got int32, needs int64"),
         ("slot_mapping", lambda x: x[:2], r"slot_mapping: got shape \[2\]"),
         ("slot_mapping", lambda x: torch.stack([x, x], 1)[:, 0], "slot_mapping: got stride 2"),
     ],
@@ -250,13 +250,13 @@ def test_swap_blocks_refuses(device: str) -> None:
     for mapping, message in [
         (torch.tensor([[3, 0]]), "block_mapping: got source block 3, needs 0 <= block < 3"),
         (torch.tensor([[0, -1]]), "block_mapping: got destination block -1"),
-        (torch.tensor([[0, 1]], dtype=torch.int32), "block_mapping: got Int"),
+        (torch.tensor([[0, 1]], dtype=torch.int32), "block_mapping: got int32"),
         (torch.tensor([0, 1]), "block_mapping: got shape"),
     ]:
         with pytest.raises(RuntimeError, match=f"swap_blocks: {message}"):
             ops.swap_blocks(src, dst, mapping)
     for other, message in [
-        (dst.half(), "dst: got Half, needs src's dtype"),
+        (dst.half(), "dst: got float16, needs src's dtype"),
         (torch.zeros(5, 3, device=device), "dst: got shape"),
         (dst.t().contiguous().t(), "dst: got a strided view"),
     ]:
@@ -364,13 +364,13 @@ def test_gather_refuses_arguments(device: str) -> None:
     k, v, k_scale, v_scale = new.cache(3, 8, 2, 16, torch.int8)
     args = (k, v, new.vector([[0]], torch.int32), new.vector([4], torch.int32), new.vector([0], torch.int32))
     scales = {"k_scale": k_scale, "v_scale": v_scale}
-    with pytest.raises(RuntimeError, match="gather_cache: dtype: got Char, needs float32, float16 or bfloat16"):
+    with pytest.raises(RuntimeError, match="gather_cache: dtype: got int8, needs float32, float16 or bfloat16"):
         ops.gather_cache(*args, 4, **scales)
     with pytest.raises(RuntimeError, match="k_scale: got None"):
         ops.gather_cache(*args, 4, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="total_tokens: got -1"):
         ops.gather_cache(*args, -1, dtype=torch.float32, **scales)
-    with pytest.raises(RuntimeError, match="block_tables: got Long"):
+    with pytest.raises(RuntimeError, match="block_tables: got int64"):
         ops.gather_cache(k, v, args[2].long(), *args[3:], 4, dtype=torch.float32, **scales)
 
 

@@ -165,14 +165,14 @@ def test_zeros_nan_and_infinity(device: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, w: ops.rms_norm(x.double(), w, 1e-5), "rms_norm: x: got Double"),
+        (lambda x, w: ops.rms_norm(x.double(), w, 1e-5), "rms_norm: x: got float64"),
         (lambda x, w: ops.rms_norm(x, w[:4], 1e-5), r"rms_norm: weight: got shape \[4\], needs \[N\] \(8\)"),
-        (lambda x, w: ops.rms_norm(x, w.half(), 1e-5), "rms_norm: weight: got Half, needs x's dtype, Float"),
+        (lambda x, w: ops.rms_norm(x, w.half(), 1e-5), "rms_norm: weight: got float16, needs x's dtype, float32"),
         (lambda x, w: ops.rms_norm(x, w, -1.0), "rms_norm: eps: got -1, needs 0 or more"),
         (lambda x, w: ops.rms_norm(x[:, :0], None, 1e-5), r"rms_norm: x: got shape \[3, 0\]"),
         (lambda x, w: ops.rms_norm(x.sum(), None, 1e-5), r"rms_norm: x: got shape \[\]"),
         (lambda x, w: ops.add_rms_norm(x, x[:1], w, 1e-5), r"add_rms_norm: residual: got shape \[1, 8\], needs x's"),
-        (lambda x, w: ops.add_rms_norm(x, x.half(), w, 1e-5), "add_rms_norm: residual: got Half"),
+        (lambda x, w: ops.add_rms_norm(x, x.half(), w, 1e-5), "add_rms_norm: residual: got float16"),
         (lambda x, w: ops.layer_norm(x, w, w[:3], 1e-5), "layer_norm: bias: got shape"),
         (lambda x, w: ops.layer_norm(x, w.repeat(2)[::2], w, 1e-5), "layer_norm: weight: got stride 2"),
     ],

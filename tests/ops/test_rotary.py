@@ -146,12 +146,12 @@ def test_fused_write_has_the_bits_of_both_ops(
     ("change", "message"),
     [
         ({"query": lambda x: x[0]}, r"query: got shape \[2, 16\], needs \[T, H, D\]"),
-        ({"query": lambda x: x.double()}, "query: got Double"),
-        ({"key": lambda x: x.half()}, "key: got Half, needs query's dtype, Float"),
+        ({"query": lambda x: x.double()}, "query: got float64"),
+        ({"key": lambda x: x.half()}, "key: got float16, needs query's dtype, float32"),
         ({"key": lambda x: x[:2]}, r"key: got shape \[2, 1, 16\]"),
         ({"cos": lambda x: x[:, :4]}, "sin: got shape"),
         ({"cos": lambda x: x.repeat(1, 2), "sin": lambda x: x.repeat(1, 2)}, r"cos: got shape .* needs R / 2 <= D / 2"),
-        ({"sin": lambda x: x.half()}, "sin: got Half, needs query's dtype, Float, or float32"),
+        ({"sin": lambda x: x.half()}, "sin: got float16, needs query's dtype, float32, or float32"),
         ({"query": lambda x: x.repeat_interleave(2, -1)[..., ::2]}, "query: got stride 2 in the last dimension"),
     ],
 )

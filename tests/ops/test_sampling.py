@@ -328,19 +328,19 @@ def test_refuses(device: str) -> None:
     good: dict[str, Any] = {key: torch.ones(2, dtype=dtype, device=device) for key, dtype in DTYPES.items()}
     for change, message in [
         ({"logits": logits[0]}, r"logits: got shape \[9\], needs \[B, V\]"),
-        ({"logits": logits.double()}, "logits: got Double"),
+        ({"logits": logits.double()}, "logits: got float64"),
         ({"logits": logits[:, :0]}, r"logits: got shape \[2, 0\], needs 0 < V"),
         ({"logits": logits.repeat_interleave(2, 1)[:, ::2]}, "logits: got stride 2"),
-        ({"seeds": good["seeds"].int()}, "seeds: got Int, needs Long"),
+        ({"seeds": good["seeds"].int()}, "seeds: got int32, needs int64"),
         ({"offsets": good["offsets"][:1]}, r"offsets: got shape \[1\]"),
-        ({"temperature": good["temperature"].double()}, "temperature: got Double, needs Float"),
-        ({"top_k": good["top_k"].long()}, "top_k: got Long, needs Int"),
+        ({"temperature": good["temperature"].double()}, "temperature: got float64, needs float32"),
+        ({"top_k": good["top_k"].long()}, "top_k: got int64, needs int32"),
         ({"top_p": good["top_p"].repeat(2)[::2]}, "top_p: got stride 2"),
         ({"min_p": good["min_p"].repeat(2)}, r"min_p: got shape \[4\]"),
     ]:
         with pytest.raises(RuntimeError, match=f"sample: {message}"):
             ops.sample(**({"logits": logits} | good | change))
-    with pytest.raises(RuntimeError, match="argmax: logits: got Long"):
+    with pytest.raises(RuntimeError, match="argmax: logits: got int64"):
         ops.argmax(logits.long())
 
 
