@@ -14,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
+OLDEST := 5.17.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 ifdef NO_VENV
@@ -37,7 +38,7 @@ WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist workste
 SAY = @printf 'torch_pagedkv: %s\n'
 NATIVE_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test test-all bench env build lint types format clean distclean check-python
+.PHONY: help demo test test-all test-oldest bench env build lint types format clean distclean check-python
 
 help:
 	@echo 'make demo      a real model, stock and patched generate() side by side (ARGS="--device cuda --json out.json")'
@@ -56,6 +57,12 @@ test: build
 
 test-all: build
 	@$(PY) -m pytest $(WORKERS) $(ARGS)
+
+# The patched models on the oldest transformers that is supported.
+test-oldest: build
+	@[ -d build/transformers-$(OLDEST) ] || \
+	  $(PIP_INSTALL) --target build/transformers-$(OLDEST) transformers==$(OLDEST)
+	@PYTHONPATH=build/transformers-$(OLDEST) $(PY) -m pytest $(WORKERS) -m 'not slow' tests/patches $(ARGS)
 
 bench: build
 	@$(PY) -m torch_pagedkv.cli bench $(ARGS)
