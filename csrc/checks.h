@@ -299,6 +299,17 @@ inline void check_gated(const char* op, const Tensor& gate, const Tensor& up) {
   check_same(op, "up", up, "gate", gate);
 }
 
+inline void check_linear(const Tensor& x, const Tensor& weight, const OptTensor& bias) {
+  const char* op = "linear";
+  check_float(op, "x", x);
+  PAGEDKV_CHECK(x.dim() >= 1, op, "x", "a 0-dimensional tensor", "[..., K]");
+  check_shape(op, "weight", weight, {-1, x.size(x.dim() - 1)}, "[N, K]");
+  check_same_dtype(op, "weight", weight, "x", x);
+  check_device(op, "weight", weight, "x", x);
+  check_inner(op, "weight", weight);
+  if (bias.has_value()) check_vector(op, "bias", *bias, weight.size(0), x.scalar_type(), "x", x);
+}
+
 inline void check_bias_act(const Tensor& x, const OptTensor& bias) {
   const char* op = "bias_act";
   check_float(op, "x", x);

@@ -42,6 +42,9 @@ using add_rms_norm_fn = Pair(Tensor x, Tensor residual, OptTensor weight, double
                              bool round_before_weight);
 using layer_norm_fn = Tensor(Tensor x, OptTensor weight, OptTensor bias, double eps);
 
+// linear -------------------------------------------------------------------------------------------------------------
+using linear_fn = Tensor(Tensor x, Tensor weight, OptTensor bias);
+
 // rotary -------------------------------------------------------------------------------------------------------------
 using rotary_embedding_fn = void(Tensor query, OptTensor key, Tensor cos, Tensor sin, bool interleaved);
 using rotary_and_cache_fn = void(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor key_cache,

@@ -510,6 +510,7 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=positive, default=64, metavar="N", help="decoded in logits (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     add("--json", type=Path, metavar="FILE", help="write everything measured there too")
+    top.set_defaults(argv=None)
     return top
 
 

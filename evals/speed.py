@@ -307,6 +307,7 @@ def parser() -> argparse.ArgumentParser:
     add("--new-tokens", type=at_least_two, default=64, metavar="N", help="default: %(default)s")
     add("--prompt-tokens", type=positive, default=128, metavar="N", help="longest random prompt (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything measured there too")
+    top.set_defaults(argv=None)
     return top
 
 

@@ -40,7 +40,8 @@ class PagedConfig:
             no module of the model can be fused), False leaves it.
         fuse_mlp: the activation of a (gated) MLP and its product in one kernel.
         fuse_rotary: the rotary embedding and the cache write in one kernel.
-        fuse_linear: projections of the same input (q, k, v; gate, up) in one matrix product.
+        fuse_linear: on the CPU, linear layers on few rows by a kernel of our own; on CUDA (True: everywhere),
+            projections of the same input (q, k, v; gate, up) in one matrix product.
     """
 
     block_size: int = 16

@@ -25,7 +25,7 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
   const bool direct = a.softcap <= 0.f && !a.alibi_slopes && a.scale > 0.f;
   p.exp2_scale = direct ? a.scale * kLog2e : kLog2e;
   p.logit_scale = direct || a.softcap > 0.f ? 1.f : a.scale;
-  p.tanh_scale = a.softcap > 0.f ? 2.f * kLog2e * a.scale / a.softcap : 0.f;
+  p.tanh_scale = a.softcap > 0.f ? a.scale / a.softcap : 0.f;
   return p;
 }
 

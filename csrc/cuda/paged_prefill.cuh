@@ -67,7 +67,7 @@ struct Params {
   int row_tiles;         // CTAs of one sequence and KV head
   bool q_vectors;        // rows of the query are aligned to 16 bytes
   bool fp8;
-  float tanh_scale;   // softcap: 2 log2(e) scale / softcap
+  float tanh_scale;   // softcap: scale / softcap
   float logit_scale;  // what a raw dot product is multiplied by before ALiBi; 1 when exp2_scale does it
   float exp2_scale;   // from the masked logits to powers of two; positive
 };
@@ -116,7 +116,7 @@ struct KeyRow<true> {
 
 template <class S, bool kQuantized>
 struct Tables {
-  KeyRow<kQuantized> rows[2][S::kKeys];  // of tiles j and j + 1
+  KeyRow<kQuantized> rows[2][S::kKeys];          // of tiles j and j + 1
   float k_scales[2][kQuantized ? S::kKeys : 2];  // of tiles j and j + 1
   float v_scales[kQuantized ? S::kKeys : 1];
   uint32_t readable[4][S::kKeys / 32];  // of tiles j .. j + 2: key is needed and its page exists
@@ -243,8 +243,7 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
       const float v_scale = tables.v_scales[kQuantized ? row0 + i : 0];
 #pragma unroll
       for (int c = 0; c < S::kColumns; ++c) {
-        const unsigned char* const raw =
-            shared + S::kKvStart + kRaw + (row0 + i) * kDim + (column + c * S::kLanes) * 8;
+        const unsigned char* const raw = shared + S::kKvStart + kRaw + (row0 + i) * kDim + (column + c * S::kLanes) * 8;
         unsigned char* const values = shared + S::kKvStart + place + i * S::kRowBytes + c * S::kLanes * 16;
         const uint2 k = *reinterpret_cast<const uint2*>(raw), v = *reinterpret_cast<const uint2*>(raw + S::kRawBytes);
         uint4 k_values;
@@ -254,9 +253,8 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
         float low[4], high[4];
         dequantize<kKV>(v.x, v_scale, low);
         dequantize<kKV>(v.y, v_scale, high);
-        *reinterpret_cast<uint4*>(values + S::kTileBytes) =
-            make_uint4(pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]),
-                       pack2<T>(high[2], high[3]));
+        *reinterpret_cast<uint4*>(values + S::kTileBytes) = make_uint4(
+            pack2<T>(low[0], low[1]), pack2<T>(low[2], low[3]), pack2<T>(high[0], high[1]), pack2<T>(high[2], high[3]));
       }
     }
   };
@@ -394,8 +392,7 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)  // tanh x = 1 - 2 / (exp(2 x) + 1)
-              s[b][n][i] = a.softcap - __fdividef(2.f * a.softcap, exp2_fast(s[b][n][i] * p.tanh_scale) + 1.f);
+            for (int i = 0; i < 4; ++i) s[b][n][i] = a.softcap * tanh_fast(s[b][n][i] * p.tanh_scale);
       } else if (p.logit_scale != 1.f) {
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b)

@@ -8,27 +8,26 @@ Objects are kept in build/emulate, so that a second call compiles only what has 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(path) for path in (ROOT, HERE) if str(path) not in sys.path]
+sys.path += [str(path) for path in (ROOT, ROOT / "tests") if str(path) not in sys.path]
 
-from transform import transform  # noqa: E402
-
+from emulate.transform import transform  # noqa: E402
 from torch_pagedkv import build as native  # noqa: E402
 
 HEAD_DIMS = (64, 96, 256)  # each shape of the attention kernels: one k-step of swizzling, an odd number of them, wide
 BUCKETS = (32, 64, 96, 128, 192, 256)  # that csrc/cuda chooses from
 
-# Multiplications and additions fuse as nvcc has it. -fsanitize traps on misaligned vectors, indices outside of local arrays, shifts and integer overflow.
+# Multiplications and additions fuse, as nvcc has it. The sanitizers trap on misaligned vectors, indices outside of
+# local arrays, shifts by too much and integer overflow.
 FLAGS = (
     "-x c++ -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -march=native -ffp-contract=fast -w "
-    "-DUSE_CUDA "
-    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero -fsanitize-undefined-trap-on-error"
+    "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero "
+    "-fsanitize-undefined-trap-on-error -DUSE_CUDA"
 )
 
 # A bucket that is not compiled is served by the next larger one: the kernels take any head_dim up to their own.
@@ -97,7 +96,7 @@ def build(head_dims: Sequence[int] = HEAD_DIMS, address: bool = False, quiet: bo
             "rule cxx",
             f"  command = $cxx {native.escape(f'{FLAGS} {include} {sanitize}')} $extra -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
-                "  deps = gcc",
+            "  deps = gcc",
             "  description = $out",
             "rule link",
             f"  command = $cxx -shared -o $out $in {native.escape(link)}",

@@ -13,7 +13,11 @@ struct __nv_fp8_e4m3 {
   __nv_fp8_storage_t __x;
   __nv_fp8_e4m3() = default;
   explicit __nv_fp8_e4m3(float x)
-      : __x(x != x ? 0x7f : torch::headeronly::Float8_e4m3fn(x > 448.f ? 448.f : x < -448.f ? -448.f : x).x) {}
+      : __x(x != x ? 0x7f
+                   : torch::headeronly::Float8_e4m3fn(x > 448.f    ? 448.f
+                                                      : x < -448.f ? -448.f
+                                                                   : x)
+                         .x) {}
   explicit operator float() const {
     return torch::headeronly::Float8_e4m3fn(__x, torch::headeronly::Float8_e4m3fn::from_bits());
   }

@@ -16,6 +16,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -90,13 +92,14 @@ struct Config {
   Config(dim3 grid_, dim3 block_, size_t shared_ = 0, cudaStream_t = nullptr)
       : grid(grid_), block(block_), shared(shared_) {}
 };
-void run(const char* name, const void* kernel, const Config& config, const std::function<void()>& thread);
+void run(const std::string& name, const void* kernel, const Config& config, const std::function<void()>& thread);
 
 // kernel<<<config>>>(args...); arguments are evaluated once and every thread gets a copy
 template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), const Config& config, A&&... args) {
+void launch(const char* name, const char* by, void (*kernel)(P...), const Config& config, A&&... args) {
   const std::tuple<std::decay_t<P>...> parameters(std::forward<A>(args)...);
-  run(name, reinterpret_cast<const void*>(kernel), config, [&] { std::apply(kernel, parameters); });
+  run(std::string(name) + " of " + by, reinterpret_cast<const void*>(kernel), config,
+      [&] { std::apply(kernel, parameters); });
 }
 
 struct DeviceGuard {
@@ -130,9 +133,9 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 }
 
 #undef STD_CUDA_CHECK
-#define STD_CUDA_CHECK(call)                                                                       \
-  do {                                                                                             \
-    const cudaError_t error = call;                                                                \
+#define STD_CUDA_CHECK(call)                                                                                  \
+  do {                                                                                                        \
+    const cudaError_t error = call;                                                                           \
     if (error != cudaSuccess) throw std::runtime_error(#call ": " + std::string(emulate::error_name(error))); \
   } while (0)
 
@@ -223,7 +226,11 @@ inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any
 namespace emulate {
 
 // The block's dynamic shared memory. It starts out as NaN, and ends at a page that may not be touched.
-uint8_t* dynamic_shared();
+uint8_t* dynamic_shared_bytes();
+template <class T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(dynamic_shared_bytes());
+}
 
 // A __shared__ variable of a function: likewise.
 uint8_t* allocate_guarded(size_t bytes, size_t alignment);
@@ -279,10 +286,10 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 // A result of an approximate function, as far off as the hardware may be: up to `ulps` either way, by chance (the same
-// for the same result).
+// for the same result). Powers of two stay, which the hardware hits.
 inline float approximate(float y, int ulps) {
-  if (!isfinite(y) || y == 0) return y;
   const unsigned bits = __float_as_uint(y), hash = bits * 0x9E3779B1u >> 16;
+  if (!isfinite(y) || (bits & 0x7fffffu) == 0) return y;
   return __uint_as_float(bits + hash % (2 * ulps + 1) - ulps);
 }
 inline float __fdividef(float a, float b) { return approximate(a / b, 2); }
@@ -307,7 +314,8 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return r;
 }
 
-// ---- PTX: transform.py turns asm("name operands") into emulate::ptx::name(operands in the order of the text) ---------
+// ---- PTX: transform.py turns asm("name operands") into emulate::ptx::name(operands in the order of the text)
+// ---------
 
 namespace emulate::ptx {
 
@@ -346,12 +354,12 @@ struct Mma {
 };
 void mma_half(Mma& lane);
 void mma_bfloat16(Mma& lane);
-#define EMULATE_MMA(name, function)                                                                              \
+#define EMULATE_MMA(name, function)                                                                                \
   inline void name(float& d0, float& d1, float& d2, float& d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                   uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {                           \
-    Mma m{{}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};                                                      \
-    function(m);                                                                                                 \
-    d0 = m.d[0], d1 = m.d[1], d2 = m.d[2], d3 = m.d[3];                                                          \
+                   uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {                             \
+    Mma m{{}, {a0, a1, a2, a3}, {b0, b1}, {c0, c1, c2, c3}};                                                       \
+    function(m);                                                                                                   \
+    d0 = m.d[0], d1 = m.d[1], d2 = m.d[2], d3 = m.d[3];                                                            \
   }
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, mma_half)
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, mma_bfloat16)

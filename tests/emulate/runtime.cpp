@@ -42,7 +42,8 @@ uint8_t* map_guarded(size_t bytes) {
   return begin + size - bytes;
 }
 
-// ---- state of the block that runs -------------------------------------------------------------------------------------
+// ---- state of the block that runs
+// -------------------------------------------------------------------------------------
 
 struct Copy {
   uint32_t target;
@@ -90,7 +91,8 @@ std::mt19937& random_engine() {
   return engine;
 }
 
-// ---- fibers -----------------------------------------------------------------------------------------------------------
+// ---- fibers
+// -----------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 // Saves what a call must leave alone on the old stack, and takes it from the new one. (swapcontext would also ask the
@@ -151,10 +153,7 @@ void complete(std::vector<Copy>& group) {
   group.clear();
 }
 
-void fiber_main() {
-#ifdef __SANITIZE_ADDRESS__
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
-#endif
+__attribute__((noinline)) void run_thread() {
   (*kernel_body)();
   Fiber& self = fibers[thread];
   for (auto& group : self.groups) complete(group);
@@ -164,7 +163,15 @@ void fiber_main() {
   if (warp.arrived > 0) fail("thread ends while others of its warp are in %s", warp.operation);
   --warp.live;
   if (--barrier_live > 0 && barrier_arrived == barrier_live) barrier_arrived = 0, ++barrier_generation;
-  swap(self, scheduler, true);
+}
+
+// Never returns, so that it must not have variables that AddressSanitizer would watch on this stack ever after.
+void fiber_main() {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  run_thread();
+  swap(fibers[thread], scheduler, true);
 }
 
 void prepare(Fiber& f) {
@@ -239,7 +246,8 @@ void run_fibers() {
   }
 }
 
-// ---- launches ---------------------------------------------------------------------------------------------------------
+// ---- launches
+// ---------------------------------------------------------------------------------------------------------
 
 // A fault in a kernel: name it. (The default would be to die without a word.)
 void on_signal(int signal, siginfo_t* info, void*) {
@@ -257,7 +265,7 @@ void install_handlers() {
     static uint8_t stack[64 << 10];
     stack_t alternate{stack, 0, sizeof stack};
     sigaltstack(&alternate, nullptr);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     for (int s : {SIGSEGV, SIGBUS, SIGILL, SIGTRAP}) sigaction(s, &action, nullptr);
@@ -310,7 +318,7 @@ const char* error_name(cudaError_t error) {
 long block_number() { return blocks_run; }
 
 uint8_t* allocate_guarded(size_t bytes, size_t alignment) { return map_guarded(round_up(bytes, alignment)); }
-uint8_t* dynamic_shared() { return shared_memory; }
+uint8_t* dynamic_shared_bytes() { return shared_memory; }
 
 uint32_t shared_address(const void* p) {
   const ptrdiff_t offset = static_cast<const uint8_t*>(p) - shared_memory;
@@ -318,7 +326,7 @@ uint32_t shared_address(const void* p) {
   return uint32_t(offset);
 }
 
-void run(const char* name, const void* kernel, const Config& config, const std::function<void()>& body) {
+void run(const std::string& name, const void* kernel, const Config& config, const std::function<void()>& body) {
   const auto [grid, block, shared] = config;
   const int64_t threads = int64_t(block.x) * block.y * block.z;
   const auto allowed = max_shared.find(kernel);
@@ -369,7 +377,8 @@ void run(const char* name, const void* kernel, const Config& config, const std::
   }
 }
 
-// ---- threads ----------------------------------------------------------------------------------------------------------
+// ---- threads
+// ----------------------------------------------------------------------------------------------------------
 
 void block_barrier() {
   if (++barrier_arrived == barrier_live) {
@@ -393,12 +402,14 @@ void collective(const char* name, void* mine, void (*all)(void* const (&lanes)[k
   }
 }
 
-// ---- PTX --------------------------------------------------------------------------------------------------------------
+// ---- PTX
+// --------------------------------------------------------------------------------------------------------------
 
 namespace ptx {
 
 void cp_async(uint32_t target, const void* source, int size, int bytes) {
-  if (target % size || uintptr_t(source) % size) fail("cp.async of %d bytes, %p -> %u: misaligned", size, source, target);
+  if (target % size || uintptr_t(source) % size)
+    fail("cp.async of %d bytes, %p -> %u: misaligned", size, source, target);
   if (target + uint64_t(size) > shared_bytes) fail("cp.async to byte %u of %zu of shared memory", target, shared_bytes);
   if (bytes < 0 || bytes > size) fail("cp.async reads %d of %d bytes", bytes, size);
   for (int i = 0; i < size; ++i)

@@ -1,8 +1,8 @@
 """CUDA C++ -> C++: the four constructs that the macros and functions of cuda_runtime.h cannot express.
 
 ======================================  ================================================================================
-``kernel<<<config>>>(arguments);``      ``emulate::launch("kernel", kernel, emulate::Config(config), arguments);``
-``extern __shared__ ... T name[];``     ``T* const name = emulate::dynamic_shared();``
+``kernel<<<config>>>(arguments);``      ``emulate::launch("kernel", ..., kernel, emulate::Config(config), arguments);``
+``extern __shared__ ... T name[];``     ``T* const name = emulate::dynamic_shared<T>();``
 ``__shared__ T a[N], b;``               a static ``emulate::SharedVariable`` and a reference for each
 ``asm("op.x %0, [%1];" : ... : ...);``  ``emulate::ptx::op_x(operands);``, the operands in the order of the text
 ======================================  ================================================================================
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+
 
 class TransformError(ValueError):
     """A construct that this file does not know; the message quotes it."""
@@ -64,7 +65,7 @@ def launches(text: str) -> str:
         if begin == at or middle < 0 or text[end + 1] != ";":
             raise TransformError(f"not a launch: {text[begin : at + 80]}")
         kernel, config, arguments = text[begin:at], text[at + 3 : middle], text[middle + 4 : end]
-        new = f'emulate::launch("{kernel}", {kernel}, emulate::Config({config}), {arguments});'
+        new = f'emulate::launch("{kernel}", __PRETTY_FUNCTION__, {kernel}, emulate::Config({config}), {arguments});'
         text = text[:begin] + padded(new, text[begin:end]) + text[end + 2 :]
     return text
 
@@ -73,7 +74,7 @@ def shared_variables(text: str) -> str:
     """``extern __shared__`` arrays and ``__shared__`` variables."""
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
-        r"\1* const \2 = emulate::dynamic_shared();",
+        r"\1* const \2 = emulate::dynamic_shared<\1>();",
         text,
     )
 

@@ -6,8 +6,10 @@ Made to run under NVIDIA's checkers, so it is a script, not a test module:
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py --only paged_attention
     compute-sanitizer --tool initcheck --error-exitcode 1 python tests/gpu/sanitize.py
 
-It prints a line for each op and exits with 1 if one is wrong. Each tensor gets an allocation of its own, so that a read
-past its end is seen. Cache slots that no sequence owns hold NaN, unused table entries a block id far outside.
+It prints a line for each op and exits with 1 if one is wrong. `--device cpu` runs the CPU kernels, or the CUDA kernels
+on the emulated device (tests/emulate) when TORCH_PAGEDKV_LIB says so. Each tensor gets an allocation of its own, so
+that a read past its end is seen. Cache slots that no sequence owns hold NaN, unused table entries a block id far
+outside.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from ops.samples_small import samples as small_samples  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
 
-import torch_pagedkv  # noqa: E402, F401  (loads the kernels)
+from torch_pagedkv import _native  # noqa: E402
 from torch_pagedkv.ops import REFERENCES, SCHEMAS  # noqa: E402
 
 HEAD_DIMS = (32, 64, 80, 128, 192, 256)  # one for each instantiation; 80 leaves a tail
@@ -57,7 +59,8 @@ class Attention:
 
     def __init__(self, device: str) -> None:
         self.new = Inputs(device)
-        self.shortest = 0 if device == "cpu" else -3  # the CPU kernels refuse negative lengths
+        # the CPU kernels refuse negative lengths
+        self.shortest = 0 if device == "cpu" and _native.libraries["cpu"].target != "emulated CUDA" else -3
 
     def queries(self, lens: list[int], heads: int, d: int, dtype: torch.dtype, pad: int) -> tuple[Tensor, Tensor]:
         """Query rows, `pad` elements apart, with one that nobody owns between sequences; and the starts."""
@@ -232,7 +235,7 @@ def check(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Run every op on small inputs and compare with the references.")
-    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script itself")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu (default: %(default)s)")
     parser.add_argument("--only", action="append", metavar="OP", help="only these ops (repeats)")
     options = parser.parse_args()
     results: dict[str, list[tuple[float, int]]] = {}

@@ -83,6 +83,9 @@ def samples(device: str) -> Iterator[Sample]:
         yield "silu_and_mul", (x, residual), {}
         yield "gelu_and_mul", (x, residual, "tanh"), {}
         yield "bias_act", (x, weight, "gelu"), {}
+        wide = new.normal(9, 48, dtype=dtype)
+        yield "linear", (x, new.normal(21, 40, dtype=dtype), new.normal(21, dtype=dtype)), {}
+        yield "linear", (wide[1:, 3:36], new.normal(5, 48, dtype=dtype)[:, :33]), {}
         yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
         seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
         parameters = {

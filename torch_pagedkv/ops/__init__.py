@@ -7,6 +7,7 @@ from ._library import REFERENCES, SCHEMAS
 from .activation import bias_act, gelu_and_mul, silu_and_mul
 from .attention import flash_attention, merge_attention_states, paged_attention
 from .cache import copy_blocks, gather_cache, reshape_and_cache, swap_blocks
+from .linear import linear
 from .norm import add_rms_norm, layer_norm, rms_norm
 from .rotary import rotary_and_cache, rotary_embedding
 from .sampling import argmax, sample
@@ -22,6 +23,7 @@ __all__ = [
     "gather_cache",
     "gelu_and_mul",
     "layer_norm",
+    "linear",
     "merge_attention_states",
     "paged_attention",
     "reshape_and_cache",

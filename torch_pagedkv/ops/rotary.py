@@ -1,6 +1,6 @@
 """Rotary position embedding, in place, alone or fused with the cache write.
 
-For each token t and head, the first R = 2 * cos.shape[1] elements are rotated in pairs, the rest stays (partial rotary):
+For each token t and head, the first R = 2 * cos.shape[1] elements are rotated in pairs, the rest stays (partial):
     interleaved=False (Llama, NeoX): pairs (i, i + R/2);   interleaved=True (GPT-J, Cohere, GLM): pairs (2i, 2i + 1)
     (x1, x2) -> (x1 * cos[t, i] - x2 * sin[t, i],  x2 * cos[t, i] + x1 * sin[t, i])
 in float32, rounded once.
@@ -19,9 +19,7 @@ from .cache import reshape_and_cache_reference
 _ops = torch.ops.torch_pagedkv
 
 
-@define(
-    "rotary_embedding(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, bool interleaved=False) -> ()"
-)
+@define("rotary_embedding(Tensor(a!) query, Tensor(b!)? key, Tensor cos, Tensor sin, bool interleaved=False) -> ()")
 def _(query, key, cos, sin, interleaved=False):
     return None
 
@@ -31,9 +29,7 @@ def _(query, key, cos, sin, interleaved=False):
     "Tensor(c!) value_cache, Tensor slot_mapping, bool interleaved=False, Tensor(d!)? k_scale=None, "
     "Tensor(e!)? v_scale=None) -> ()"
 )
-def _(
-    query, key, value, cos, sin, key_cache, value_cache, slot_mapping, interleaved=False, k_scale=None, v_scale=None
-):
+def _(query, key, value, cos, sin, key_cache, value_cache, slot_mapping, interleaved=False, k_scale=None, v_scale=None):
     return None
 
 
@@ -87,9 +83,7 @@ def rotary_and_cache_reference(
 # ------------------------------------------------------------------------------------------------ public functions
 
 
-def rotary_embedding(
-    query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False
-) -> None:
+def rotary_embedding(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> None:
     """Rotate query and key in place.
 
     Args:

@@ -70,9 +70,7 @@ def exponentials(vocab: int, seed: int, offset: int) -> Tensor:
     index = torch.arange(-(-vocab // 4), dtype=torch.int64)
     zero = torch.zeros_like(index)
     seed, offset = seed & (2**64 - 1), offset & (2**64 - 1)
-    words = philox4x32(
-        (index, zero, zero + (offset & _M32), zero + (offset >> 32)), (seed & _M32, seed >> 32)
-    )
+    words = philox4x32((index, zero, zero + (offset & _M32), zero + (offset >> 32)), (seed & _M32, seed >> 32))
     x = torch.stack(words, 1).flatten()[:vocab]
     w = ((x.double() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
     return -torch.log1p(-w)

@@ -1,0 +1,2 @@
+#define PAGEDKV_LINEAR_TABLE linear_avx2
+#include "linear_kernel.inl"

@@ -1,0 +1,2 @@
+#define PAGEDKV_LINEAR_TABLE linear_avx512
+#include "linear_kernel.inl"
