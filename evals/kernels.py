@@ -959,6 +959,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(machine.summary(result["machine"]))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     wrong = [row for row in result["rows"] if row["wrong"]]
     for row in wrong:

@@ -332,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rows in tables(result).values():
         print(f"\n{render.text(rows)}")
     if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     for line in result["failures"]:
         print(f"FAILED: {line}", file=sys.stderr)

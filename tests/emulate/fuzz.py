@@ -219,6 +219,25 @@ def check_dense(rng: random.Random) -> tuple[float, float]:
     return errors
 
 
+def check_tile_edges(rng: random.Random) -> tuple[float, float]:
+    """Sequences of every length in a stretch longer than a tile of keys: all edges meet all places in a tile."""
+    rows, lens = rng.choice([3, 41]), list(range(60, 130))
+    dtype, count = rng.choice(FLOATS[:2]), len(lens)
+    torch.manual_seed(rng.randrange(1 << 30))
+    query, (key, value) = torch.randn(rows * count, 1, 32).to(dtype), torch.randn(2, sum(lens), 1, 32).to(dtype)
+    starts = [sum(lens[:s]) for s in range(count)]
+    args = (key, value, ints([rows * s for s in range(count)]), ints([rows] * count), ints(starts), ints(lens))
+    worst = (0.0, 0.0)
+    for causal, window in ((True, 0), (True, 33), (True, 70), (False, 0), (False, 33)):
+        options = {"causal": causal, "sliding_window": window, "return_lse": True}
+        got = torch.ops.torch_pagedkv.flash_attention(query, *args, rows, max(lens), 1.0, **options)
+        want = REFERENCES["flash_attention"](query.double(), *args, rows, max(lens), 1.0, **options)
+        errors = compare(got, want, largest(value))
+        assert max(errors) <= 1, f"{errors} of the allowed: {dtype} {rows} {options}"
+        worst = max(worst[0], errors[0]), max(worst[1], errors[1])
+    return worst
+
+
 def check_merge(rng: random.Random) -> tuple[float, float]:
     """`merge_attention_states` where one side or both are empty and hold anything."""
     dtype, d = rng.choice(FLOATS), rng.choice([7, 8, 40, 128])
@@ -326,8 +345,9 @@ def check_lengths(rng: random.Random) -> tuple[float, float]:
 
 
 CHECKS: list[tuple[Callable[[random.Random], tuple[float, float]], int]] = [  # how often, of 20
-    (check_paged, 13),
+    (check_paged, 12),
     (check_dense, 3),
+    (check_tile_edges, 1),
     (check_merge, 1),
     (check_invariance, 1),
     (check_prefill_without_blocks, 1),

@@ -52,15 +52,24 @@ def padded(new: str, old: str) -> str:
     return " ".join(new.split()) + "\n" * old.count("\n")
 
 
+def kernel_start(text: str, end: int) -> int:
+    """Where the kernel of a launch begins that ends at `end`: a name with template arguments, or parentheses."""
+    begin, depth = end, 0
+    if text[end - 1] == ")":
+        while depth or begin == end:
+            begin -= 1
+            depth += (text[begin] == ")") - (text[begin] == "(")
+        return begin
+    while depth or re.match(r"[\w:>]", text[begin - 1]):
+        begin -= 1
+        depth += (text[begin] == ">") - (text[begin] == "<")
+    return begin
+
+
 def launches(text: str) -> str:
     """``kernel<<<...>>>(...);``"""
     while (at := text.find("<<<")) >= 0:
-        begin = at
-        depth = 0
-        while depth or re.match(r"[\w:>]", text[begin - 1]):  # the kernel's name, template arguments and all
-            begin -= 1
-            depth += (text[begin] == ">") - (text[begin] == "<")
-        middle = text.find(">>>(", at)
+        begin, middle = kernel_start(text, at), text.find(">>>(", at)
         end = closing(text, middle + 3)
         if begin == at or middle < 0 or text[end + 1] != ";":
             raise TransformError(f"not a launch: {text[begin : at + 80]}")
