@@ -36,7 +36,7 @@ PIP_INSTALL = $(PY) -m pip install --no-input $$([ -t 1 ] || echo --quiet) \
 # A worker a core, where pytest-xdist is installed.
 WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist worksteal" if u.find_spec("xdist") else "")')
 SAY = @printf 'torch_pagedkv: %s\n'
-NATIVE_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
+NATIVE_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu tests/emulate/*.h tests/emulate/*.cpp tests/emulate/*.cu)
 
 .PHONY: help demo test test-all test-oldest bench env build lint types format clean distclean check-python
 

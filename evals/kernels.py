@@ -48,6 +48,7 @@ FAMILIES = {  # section of the table -> its ops
     "attention": ("paged_attention", "flash_attention", "merge_attention_states"),
     "cache": ("reshape_and_cache", "gather_cache", "copy_blocks", "swap_blocks"),
     "norm": ("rms_norm", "add_rms_norm", "layer_norm"),
+    "linear": ("linear",),
     "rotary": ("rotary_embedding", "rotary_and_cache"),
     "activation": ("silu_and_mul", "gelu_and_mul", "bias_act"),
     "sampling": ("sample", "argmax"),
@@ -528,6 +529,23 @@ def rotary(env: Env, model: Model, tokens: int, kv: str | None = None) -> Proble
     return Problem(make, call, truth, result, moved=moved, bound=bound, peers=peers)
 
 
+def projection(env: Env, model: Model, rows: int) -> Problem:
+    """A layer's gate projection on few rows, beside F.linear."""
+
+    def make() -> Inputs:
+        return Inputs(x=env.normal(rows, model.hidden), weight=env.normal(model.ffn, model.hidden))
+
+    def call(a: Inputs) -> Any:
+        return ops.linear(a.x, a.weight)
+
+    def truth(a: Inputs) -> Tensors:
+        return [reference("linear", a.x.double(), a.weight.double())]
+
+    peers: dict[str, Callable[[Inputs], Any]] = {"F.linear": lambda a: F.linear(a.x, a.weight)}
+    moved = env.size * (model.ffn * model.hidden + rows * (model.hidden + model.ffn))
+    return Problem(make, call, truth, outputs, moved=moved, bound=env.rounding(0.6, 8), peers=peers)
+
+
 def gated(env: Env, model: Model, tokens: int, op: str) -> Problem:
     """silu_and_mul or gelu_and_mul (tanh) of the halves of a packed projection; bias_act with gelu."""
     n = model.ffn
@@ -704,6 +722,8 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
           ("bias_act", gated, "tokens", {"op": "bias_act"}),
       )
       for model, devices, sizes in ((L3, GPU, (4096, 1, 32)), (SMOL, BOTH, (8, 512)), (L3, CPU, (8, 512)))],
+    *[("linear", model, projection, devices, [{"rows": n} for n in (1, 8)])
+      for model, devices in ((SMOL, BOTH), (L3, BOTH))],
     *[("gather_cache", L3, gather, GPU, [{"batch": 8, "context": 4096, "kv": kv}]) for kv in ("same", "int8")],
     ("gather_cache", SMOL, gather, BOTH, [{"batch": 4, "context": 512}]),
     ("copy_blocks", L3, copy, GPU, [{"layers": 32, "pairs": n} for n in (16, 1)]),

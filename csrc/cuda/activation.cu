@@ -26,7 +26,7 @@ Act find_activation(const char* op, const std::string& name) {
     if (name == a.name) return a.act;
     known += (known.empty() ? "" : ", ") + std::string(a.name);
   }
-  fail(op, ": activation: got ", name, ", needs one of ", known);
+  fail(op, ": activation: got \"", name, "\", needs one of ", known);
 }
 
 __device__ __forceinline__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN stays NaN
@@ -165,8 +165,8 @@ Tensor silu_and_mul_cuda(Tensor gate, Tensor up) {
 
 Tensor gelu_and_mul_cuda(Tensor gate, Tensor up, std::string approximate) {
   check_gated("gelu_and_mul", gate, up);
-  PAGEDKV_CHECK(approximate == "none" || approximate == "tanh", "gelu_and_mul", "approximate", approximate,
-                "none or tanh");
+  PAGEDKV_CHECK(approximate == "none" || approximate == "tanh", "gelu_and_mul", "approximate",
+                "\"" << approximate << "\"", "\"none\" or \"tanh\"");
   return activation<true>("gelu_and_mul", gate, &up, approximate == "tanh" ? Act::kGeluTanh : Act::kGelu);
 }
 

@@ -76,7 +76,7 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
            bool return_lse) {
   check_paged_attention(op, query, key_cache, value_cache, block_tables, seq_lens, query_start, query_len,
                         max_query_len, alibi_slopes, window, softcap, sinks, k_scale, v_scale);
-  PAGEDKV_CHECK(num_splits >= 0, op, "num_splits", num_splits, "0 (planned on the device) or more");
+  PAGEDKV_CHECK(num_splits >= 0 && num_splits <= 1024, op, "num_splits", num_splits, "0 (planned) to 1024");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   AttentionParams p{};
   p.k = key_cache.const_data_ptr();
@@ -100,7 +100,7 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   if (query.numel() == 0) return result;
   const cudaStream_t stream = current_stream(query);
   const KVType kv = kv_type(key_cache);
-  const int splits = version == Version::kOnePass ? 1 : int(std::min<int64_t>(num_splits, 1 << 20));
+  const int splits = version == Version::kOnePass ? 1 : int(num_splits);
   if (query.scalar_type() == ScalarType::Float) {
     launch_simt(p, kv, splits, query, stream);
   } else if (version == Version::kSplit || suits_decode(p)) {
