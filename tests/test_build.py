@@ -232,7 +232,8 @@ def test_progress_lines(
     build.build(tmp_path / "dest", tmp_path / "work", ["cpu"], csrc=csrc, only=["cpu/plain*", "cpu/sum*"])
     lines = capfd.readouterr().err.splitlines()
     assert "5 units" in lines[0]
-    assert any(re.search(r"\[\d/6\] cpu/sum.* 3 s$", line) for line in lines[1:-1]), lines
+    progress = r"(\[\d/\d\] cpu/sum.*|starting), \d+ s$"  # on one core nothing is finished yet
+    assert any(re.search(progress, line) for line in lines[1:-1]), lines
     assert re.search(r"compiled in \d+ s", lines[-1])
 
 
