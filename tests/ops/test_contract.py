@@ -159,5 +159,6 @@ def test_every_instruction_set_agrees(isa: str, tmp_path: Path) -> None:
                 assert same_bits(a, b), name
             else:
                 step = torch.finfo(a.dtype).eps
-                largest = float(a.float().nan_to_num(0, 0, 0).abs().amax()) if a.numel() else 0.0
+                # a dot product is summed in another order: where it cancels, a rounding of its terms is left
+                largest = float(a.float().abs().amax()) if name == "linear" and a.numel() else 1.0
                 torch.testing.assert_close(a, b, rtol=8 * step, atol=8 * step * max(1.0, largest), equal_nan=True)
