@@ -58,13 +58,13 @@ def attend(
 
     Args:
         kv: what `PagedCache.update` returned.
-        query: [B, Hq, Q, D], or [B * Q, Hq, D].
+        query: [B, Hq, Q, D].
         scaling: of the logits, default 1 / sqrt(D). The other arguments are those of `ops.paged_attention`.
 
     Returns:
-        [B, Q, Hq, D] or [B * Q, Hq, D], in the query's dtype; rows of pads are 0.
+        [B, Q, Hq, D], in the query's dtype; rows of pads are 0.
     """
-    rows = query if query.dim() == 3 else query.transpose(1, 2).flatten(0, 1)
+    rows = query.transpose(1, 2).flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if kv.k_scale is None and rows.dtype != kv.key_cache.dtype:  # under autocast
         rows = rows.to(kv.key_cache.dtype)
@@ -77,7 +77,7 @@ def attend(
         step.seq_lens,
         step.query_start,
         step.query_len,
-        max_query_len=step.max_query_len,
+        max_query_len=query.shape[2],
         scale=scaling,
         alibi_slopes=alibi_slopes,
         sliding_window=sliding_window or 0,
@@ -90,7 +90,7 @@ def attend(
     out = out.to(query.dtype)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoBackward.apply(out, query)
-    return out if query.dim() == 3 else out.unflatten(0, (query.shape[0], query.shape[2]))
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def _attention(

@@ -59,6 +59,11 @@ class Paged:
         wide = self.replace(query=self.query.double())
         return REFERENCES["paged_attention"](*wide.args())
 
+    def terms(self) -> Tensor:
+        """The float64 result over the values' magnitudes: the size of what is summed, however much cancels."""
+        size = self.value_cache.float().abs().to(self.value_cache.dtype)
+        return self.replace(value_cache=size).exact()[0]
+
     def stock(self) -> tuple[Tensor, Tensor]:
         """PyTorch's own result in the query's dtype, float32 lse: gather the blocks, dequantise, attend."""
         out = torch.zeros_like(self.query)
@@ -216,6 +221,10 @@ class Dense:
     def exact(self) -> tuple[Tensor, Tensor]:
         """The float64 result."""
         return REFERENCES["flash_attention"](*self.replace(query=self.query.double()).args())
+
+    def terms(self) -> Tensor:
+        """The float64 result over the values' magnitudes: the size of what is summed, however much cancels."""
+        return self.replace(value=self.value.abs()).exact()[0]
 
     def stock(self) -> tuple[Tensor, Tensor]:
         """PyTorch's own result in the query's dtype, float32 lse."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -32,29 +31,9 @@ from transformers import Cache
 from .. import ops
 from .blocks import Salt, SequenceBlocks
 from .manager import CacheManager
+from .step import DenseView, PagedStep
 
-_MIN_TABLE = 8  # blocks a row of a table has room for at least
-
-
-@dataclass(frozen=True)
-class PagedStep:
-    """What every layer of one forward pass needs; tensors on the model's device, S rows of Q columns.
-
-    Attributes:
-        block_tables: int32 [S, W].
-        seq_lens: int32 [S], KV length of each row, this step's tokens included.
-        query_start: int32 [S], first packed query row: b * Q + pads.
-        query_len: int32 [S].
-        slot_mapping: int64 [S * Q], where each column is written; -1: a pad, or a token that is in the cache already.
-        max_query_len: an upper bound of query_len; 1 means decode.
-    """
-
-    block_tables: Tensor
-    seq_lens: Tensor
-    query_start: Tensor
-    query_len: Tensor
-    slot_mapping: Tensor
-    max_query_len: int
+_MIN_TABLE = 8  # blocks a row of a prompt's table has room for at least
 
 
 class PagedLayer(NamedTuple):
@@ -106,7 +85,7 @@ class PagedCache(Cache):
         self.trusted = False  # masks beyond those expected are all ones: generate() appends them
         self.cacheable = True  # finished blocks may be found by others
         self.step: PagedStep | None = None
-        self._num_blocks_wide = max(_MIN_TABLE, -(-expected_tokens // manager.block_size))
+        self._num_blocks_wide = max(_MIN_TABLE, -(-expected_tokens // manager.block_size))  # of a decode step's table
         self._seqs: list[SequenceBlocks] = []  # never rebound: the finalizer holds it
         self._requests: list[tuple[SequenceBlocks, int]] = []  # one more token for each
         self._base = 0  # columns before the planned step
@@ -122,9 +101,10 @@ class PagedCache(Cache):
         self._regular = False  # every row's last column is a token: decoding needs no look at masks
         self._stale = True  # the decode step's tables are not those of the sequences
         self._commit_due = False
-        self._decode: PagedStep | None = None
+        self._held: list[PagedStep] = []  # the decode step in use, if any; never rebound: the finalizer holds it
+        self._view: DenseView | None = None  # of the planned step, if a layer needs it
         self._ids: Tensor | None = None  # [B, columns] the token ids seen, on any device
-        self._finalizer = weakref.finalize(self, manager.drop, self._seqs, self.epoch)
+        self._finalizer = weakref.finalize(self, manager.drop, self._seqs, self._held, self.epoch)
         self._finalizer.atexit = False
 
     # ---- planning ----------------------------------------------------------------------------------------------------
@@ -277,12 +257,13 @@ class PagedCache(Cache):
         copied = manager.append(self._requests)
         self._note_plan(before, [n + 1 for n in before], 1)
         self.dense = False
-        step = self._decode
-        if copied or self._stale or step is None:
+        if copied or self._stale or not self._held:
             self._fill_decode()
             return
+        step = self._held[0]
         step.seq_lens.add_(1)
         step.slot_mapping.add_(1)
+        step.columns.fill_(self._base)
         size = manager.block_size
         began = [row for row, n in enumerate(before) if n % size == 0]
         if began:
@@ -294,25 +275,43 @@ class PagedCache(Cache):
             rows, places, new = self._to_device([began, columns, taken], torch.int64).unbind()
             step.block_tables[rows, places] = new.int()
             step.slot_mapping[rows] = new * size
+        self._look()
 
     def _fill_decode(self) -> None:
         """Writes the decode step anew, into the same tensors as long as they are large enough."""
         seqs, size = self._seqs, self.manager.block_size
         tables = self._tables()
-        lengths = self._to_device(self._tokens, torch.int32)
-        slots = self._to_device([seq.blocks[-1] * size + (seq.num_tokens - 1) % size for seq in seqs], torch.int64)
-        step = self._decode
-        if step is None or step.block_tables.shape != tables.shape:
-            with torch.inference_mode(False):  # they are counted up outside of it, too
-                rows = torch.arange(len(seqs), dtype=torch.int32, device=lengths.device)
-                owned = tables.clone(), lengths.clone(), rows, torch.ones_like(rows), slots.clone()
-            self._decode = PagedStep(*owned, max_query_len=1)
-        else:
-            step.block_tables.copy_(tables)
-            step.seq_lens.copy_(lengths)
-            step.slot_mapping.copy_(slots)
-        self.step = self._decode
+        if self._held and self._held[0].block_tables.shape[1] < tables.shape[1]:
+            self._held.clear()
+        if not self._held:
+            wide = max(tables.shape[1], self._num_blocks_wide)
+            self._held.append(self.manager.decode_steps.take(len(seqs), wide, self.manager.device))
+        step = self._held[0]
+        step.block_tables[:, : tables.shape[1]] = tables
+        step.seq_lens.copy_(self._to_device(self._tokens, torch.int32))
+        slots = [seq.blocks[-1] * size + (seq.num_tokens - 1) % size for seq in seqs]
+        step.slot_mapping.copy_(self._to_device(slots, torch.int64))
+        step.columns.fill_(self._base)
+        self.step = step
         self._stale = False
+        self._look()
+
+    def _look(self) -> None:
+        """Finds out where the dense keys and values of the planned step lie, if a layer needs them."""
+        self._view = None
+        if not self.dense and not self.manager.rules.dense_layers:
+            return
+        columns, batch = self._base + self._queries, len(self._seqs)
+        stored = self._stored(columns, batch) if self._mask is not None else None
+        width = columns if not self._gapped else max(self._tokens, default=0)
+        starts = torch.arange(batch) * width
+        place = shown = None
+        if stored is not None and not self._gapped:
+            starts += stored.int().argmax(1) * stored.any(1)
+        elif stored is not None:  # token p of a row belongs to its p-th stored column
+            place = (stored.cumsum(1) - 1).clamp(min=0).to(self.manager.device)
+            shown = stored.to(self.manager.device)[..., None, None]
+        self._view = DenseView(starts.to(self.manager.device, torch.int32), width, place, shown)
 
     def _plan_columns(self, queries: int, dense: bool) -> None:
         """The general case: any number of columns, pads anywhere, rows ahead of what they have computed."""
@@ -364,7 +363,9 @@ class PagedCache(Cache):
         row_starts = [row * queries + start for row, start in enumerate(starts)]
         seq_lens, first, numbers = self._to_device([totals, row_starts, counts], torch.int32).unbind()
         slot_mapping = slots.flatten().to(manager.device, non_blocking=True)
-        self.step = PagedStep(self._tables(), seq_lens, first, numbers, slot_mapping, max(counts, default=0))
+        columns = self._to_device(self._base, torch.int64)
+        self.step = PagedStep(self._tables(), seq_lens, first, numbers, slot_mapping, columns)
+        self._look()
 
     def _note_plan(self, before: list[int], totals: list[int], queries: int) -> None:
         self._base, self._queries = self.columns, queries
@@ -438,9 +439,7 @@ class PagedCache(Cache):
     def _tables(self) -> Tensor:
         """int32 [S, W] block tables; unused entries are 0 and never read."""
         longest = max((len(seq.blocks) for seq in self._seqs), default=0)
-        while self._num_blocks_wide < longest:
-            self._num_blocks_wide *= 2
-        wide = self._num_blocks_wide
+        wide = max(_MIN_TABLE, longest)
         return self._to_device([seq.blocks + [0] * (wide - len(seq.blocks)) for seq in self._seqs], torch.int32)
 
     # ---- what layers call --------------------------------------------------------------------------------------------
@@ -528,30 +527,24 @@ class PagedCache(Cache):
 
     def _gather(self, layer: PagedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Dense keys and values in the columns of the padded batch; pads are 0."""
-        columns, batch = self._base + self._queries, len(self._seqs)
-        device = layer.key_cache.device
-        stored = self._stored(columns, batch) if self._mask is not None else None
-        width = columns if not self._gapped else max(self._tokens, default=0)
-        starts = torch.arange(batch) * width
-        if stored is not None and not self._gapped:
-            starts += stored.int().argmax(1) * stored.any(1)
+        view = self._view
+        assert view is not None
+        batch = view.starts.shape[0]
         key, value = ops.gather_cache(
             layer.key_cache,
             layer.value_cache,
             layer.step.block_tables,
             layer.step.seq_lens,
-            starts.to(device, torch.int32),
-            batch * width,
+            view.starts,
+            batch * view.width,
             dtype=dtype,
             k_scale=layer.k_scale,
             v_scale=layer.v_scale,
         )
-        key, value = (x.unflatten(0, (batch, width)) for x in (key, value))
-        if self._gapped and stored is not None:  # token p of a row belongs to its p-th stored column
-            place = (stored.cumsum(1) - 1).clamp(min=0).to(device)
-            rows = torch.arange(batch, device=device)[:, None]
-            shown = stored.to(device)[..., None, None]
-            key, value = (x[rows, place] * shown for x in (key, value))
+        key, value = (x.unflatten(0, (batch, view.width)) for x in (key, value))
+        if view.place is not None:
+            rows = torch.arange(batch, device=view.place.device)[:, None]
+            key, value = (x[rows, view.place] * view.shown for x in (key, value))
         return key.transpose(1, 2), value.transpose(1, 2)
 
     # ---- prefixes ----------------------------------------------------------------------------------------------------
@@ -613,12 +606,18 @@ class PagedCache(Cache):
                     manager.free(self._seqs)
             self._clear()
 
+    def _give_step_back(self) -> None:
+        if self._held and self.epoch == self.manager.epoch:
+            self.manager.decode_steps.give_back(self._held[0])
+        self._held.clear()
+
     def _clear(self) -> None:
         self._seqs.clear()
         self._requests, self._tokens, self._begun, self._before, self._given = [], [], [], [], []
         self.pending = self._hidden = self._gapped = self._regular = self._commit_due = False
         self._base = self._queries = self._skipped_of = 0
-        self._mask = self._ids = self.step = self._decode = None
+        self._mask = self._ids = self.step = self._view = None
+        self._give_step_back()
         self._stale, self.pending_rotary = True, None
 
     # ---- transformers.Cache ------------------------------------------------------------------------------------------
@@ -635,7 +634,9 @@ class PagedCache(Cache):
         return f"PagedCache({len(self._seqs)} rows, {self.columns} columns)"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns in the cache, pads included."""
+        """Columns in the cache, pads included; inside a compiled graph a tensor [], which does not grow with it."""
+        if torch.compiler.is_compiling() and self.pending and self.step is not None:
+            return self.step.columns  # type: ignore[return-value]
         return self.columns
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -751,8 +752,8 @@ class PagedCache(Cache):
             if self._ids is not None:
                 self._ids = self._ids[torch.tensor(rows, device=self._ids.device)]
             self._stale = True
-            if len(rows) != (0 if self._decode is None else self._decode.seq_lens.shape[0]):
-                self._decode = None
+            if self._held and len(rows) != self._held[0].seq_lens.shape[0]:
+                self._give_step_back()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
         """A second cache over the same blocks, copied when one of the two writes to a shared one."""

@@ -18,6 +18,7 @@ import torch
 from ..config import PagedConfig
 from .blocks import BlockManager, OutOfBlocks, SequenceBlocks
 from .pool import KVPool, LayerSpec, bytes_per_block
+from .step import DecodeSteps, PagedStep
 
 
 class CacheFullError(RuntimeError):
@@ -71,9 +72,10 @@ class CacheManager:
         self.epoch = 0  # of the pool: caches made before it was replaced are of no use
         self._pool: KVPool | None = None
         self._blocks: BlockManager | None = None
+        self.decode_steps = DecodeSteps()
         # Filled by finalizers, which run at any point of any thread, the middle of an allocation included: what they
         # leave here is freed by the next call that holds the lock.
-        self._dropped: collections.deque[list[SequenceBlocks]] = collections.deque()
+        self._dropped: collections.deque[tuple[list[SequenceBlocks], list[PagedStep]]] = collections.deque()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheManager:
         """A copied model starts with an empty cache of its own."""
@@ -153,6 +155,7 @@ class CacheManager:
         """Drops tensors and allocator; caches alive become unusable. They are made again at next use."""
         with self.lock:
             self._pool = self._blocks = None
+            self.decode_steps = DecodeSteps()
             self._dropped.clear()
             self.epoch += 1
 
@@ -168,15 +171,18 @@ class CacheManager:
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
-    def drop(self, seqs: list[SequenceBlocks], epoch: int) -> None:
-        """Frees sequences later; safe from a finalizer."""
+    def drop(self, seqs: list[SequenceBlocks], steps: list[PagedStep], epoch: int) -> None:
+        """Frees sequences and takes their decode steps back later; safe from a finalizer."""
         if epoch == self.epoch:
-            self._dropped.append(seqs)
+            self._dropped.append((seqs, steps))
 
     def drain(self) -> None:
         """Frees what finalizers left. The caller holds the lock."""
         while self._dropped:
-            self.free(self._dropped.popleft())
+            seqs, steps = self._dropped.popleft()
+            self.free(seqs)
+            for step in steps:
+                self.decode_steps.give_back(step)
 
     def free(self, seqs: Sequence[SequenceBlocks]) -> None:
         """Frees sequences of the present pool. The caller holds the lock."""

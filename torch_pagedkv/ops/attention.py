@@ -37,7 +37,7 @@ _ops = torch.ops.torch_pagedkv
 
 _PAGED_ARGS = (
     "Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, Tensor query_start, "
-    "Tensor query_len, int max_query_len, float scale, bool causal=True, Tensor? alibi_slopes=None, "
+    "Tensor query_len, SymInt max_query_len, float scale, bool causal=True, Tensor? alibi_slopes=None, "
     "int sliding_window=0, float softcap=0.0, Tensor? sinks=None, Tensor? k_scale=None, Tensor? v_scale=None, "
     "bool return_lse=False"
 )
@@ -76,7 +76,7 @@ def _(
 
 @define(
     "flash_attention(Tensor query, Tensor key, Tensor value, Tensor query_start, Tensor query_len, Tensor key_start, "
-    "Tensor key_len, int max_query_len, int max_key_len, float scale, bool causal=True, Tensor? alibi_slopes=None, "
+    "Tensor key_len, SymInt max_query_len, SymInt max_key_len, float scale, bool causal=True, Tensor? alibi_slopes=None, "
     "int sliding_window=0, float softcap=0.0, Tensor? sinks=None, bool return_lse=False) -> (Tensor, Tensor)"
 )
 def _(

@@ -42,7 +42,7 @@ def _(src, dst, block_mapping):
 
 @define(
     "gather_cache(Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, Tensor out_start, "
-    "int total_tokens, ScalarType dtype, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)"
+    "SymInt total_tokens, ScalarType dtype, Tensor? k_scale=None, Tensor? v_scale=None) -> (Tensor, Tensor)"
 )
 def _(key_cache, value_cache, block_tables, seq_lens, out_start, total_tokens, dtype, k_scale=None, v_scale=None):
     shape = (total_tokens, key_cache.shape[2], key_cache.shape[3])
