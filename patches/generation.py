@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from ..config import PagedConfig
 from ..kv.blocks import Salt
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
+from . import compiled
 from .log import PatchLog
 
 if TYPE_CHECKING:
@@ -310,14 +312,16 @@ def _plan(
         cache.note_ids(ids, whole=False)
 
 
-def _forward_planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@torch.compiler.disable
+def _planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PagedCache | None:
+    """The paged cache that a forward pass runs on, with the pass planned; None if it runs on none."""
     inputs = kwargs
     if args:
         inputs = inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
         inputs = {k: v for k, v in inputs.items() if k not in ("self", "kwargs")} | inputs.get("kwargs", {})
     cache = inputs.get("past_key_values")
     if not isinstance(cache, PagedCache):
-        return _call_before(self, "forward", *args, **kwargs)
+        return None
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
     if not (cache.pending and first is not None and cache.fits(*first.shape[:2])):
@@ -326,9 +330,8 @@ def _forward_planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
         if not _direct_ids_decide(cache, inputs):
             cache.stop_sharing()
         _plan(self, cache, inputs, whole_ids=None, trusted=False)
-    result = _call_before(self, "forward", *args, **kwargs)
-    cache.pending = False
-    return result
+    compiled.note_lengths(cache, inputs)
+    return cache
 
 
 def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
@@ -341,14 +344,19 @@ def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
 
 
 def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        return _forward_planned(self, args, kwargs)
-    # inside a compiled region: planned before it, by prepare_inputs_for_generation
-    result = _call_before(self, "forward", *args, **kwargs)
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, PagedCache):
+    run = self._pagedkv_run  # type: ignore[operator]
+    if torch.compiler.is_compiling():  # in a graph that begins further out: prepare_inputs_for_generation planned it
+        return run(args, kwargs)
+    cache = _planned(self, args, kwargs)
+    result = run(args, kwargs)
+    if cache is not None:
         cache.pending = False
     return result
+
+
+def _run(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The forward pass itself: what `torch.compile` compiles, whichever way it was applied to the model."""
+    return _call_before(self, "forward", *args, **kwargs)
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -370,6 +378,11 @@ def _with_signature(method: Callable[..., Any], cls: type, name: str) -> Callabl
     return bound
 
 
+# torch.compile leaves these frames to Python and compiles what they call: the planning above is no part of a graph.
+for _code in (_forward.__code__, _with_signature(_forward, PreTrainedModel, "forward").__code__):
+    compiled.skip_code(_code)
+
+
 def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: PatchLog) -> None:
     """Bind the methods, and the manager as `model.paged_cache`."""
     manager = CacheManager(config, facts.specs, facts.dtype, facts.device, facts.rules)
@@ -377,6 +390,8 @@ def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: P
     driver = Driver(config, facts.max_prompt, facts.has_prefixes, (model.dtype, facts.dtype), before)
     log.set_attribute(model, "_pagedkv_driver", driver)
     log.set_attribute(model, "paged_cache", manager)
+    log.set_attribute(model, "_pagedkv_run", types.MethodType(compiled.own_code(_run), model))
+    compiled.let_wrappers_generate()
     for name, method in _METHODS.items():
         log.bind(model, name, _with_signature(method, type(model), name))
         if not name.startswith("_"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops
 from . import match
@@ -33,10 +34,17 @@ FEW_ROWS = 16
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear, by our op where it has few rows on the CPU and nobody asked for gradients or another dtype."""
-    few = x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
+    few = x.device.type == "cpu" and _has_few_rows(x)
     if few and x.dtype == weight.dtype and not match.wants_grad(x, weight) and not torch.is_autocast_enabled("cpu"):
         return ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    if not torch.compiler.is_compiling() or (x.dim() == 3 and x.shape[1] == 1):
+        return x.numel() <= FEW_ROWS * x.shape[-1]
+    # a prompt's length that the graph leaves open shall not be split in two graphs
+    return statically_known_true(x.numel() <= FEW_ROWS * x.shape[-1])
 
 
 def wanted(config: PagedConfig, weight: Tensor) -> bool:

@@ -117,12 +117,23 @@ def fused_forward(cls: type) -> tuple[Callable[..., Any], tuple[str, ...]] | Non
     return twin, tuple(norms)
 
 
+class FusedLayer:
+    """The fused forward of one class of layers, which have it."""
+
+    def __init__(self, cls: type) -> None:
+        fused = fused_forward(cls)
+        assert fused is not None
+        self.cls = cls
+        self.forward = fused[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a function made here has no name to be pickled by
+        return FusedLayer, (self.cls,)
+
+
 def _layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    cls: Any = type(self)
-    fused = fused_forward(cls)
-    if self.training or fused is None:
+    if self.training:
         return type(self).forward(self, *args, **kwargs)
-    return fused[0](self, *args, **kwargs)
+    return self._pagedkv_layer.forward(self, *args, **kwargs)
 
 
 def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
@@ -141,5 +152,6 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
         elif all(norm.spec_of(getattr(module, n)) is None for n in fused[1]):
             log.kept(name, "residual", "the norm behind its residual add is not a fused RMSNorm")
         else:
+            log.set_attribute(module, "_pagedkv_layer", FusedLayer(cls))
             log.bind(module, "forward", _layer_forward)
             log.runs(name, "residual", "add_rms_norm")

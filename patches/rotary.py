@@ -115,7 +115,8 @@ class RotaryBinding:
 
     def angles(self, cos: Tensor, sin: Tensor, batch: int, convention: Convention) -> tuple[Tensor, Tensor]:
         """cos and sin [1 or B, Q, R] -> [B * Q, R / 2]; kept for the next layers, which are given the same tensors."""
-        if self._angles is not None and self._angles[0] is cos and self._angles[1] is sin:
+        compiling = torch.compiler.is_compiling()  # the compiler finds what is common by itself
+        if not compiling and self._angles is not None and self._angles[0] is cos and self._angles[1] is sin:
             return self._angles[2], self._angles[3]
         take = _LAYOUTS[convention.layout]
 
@@ -125,7 +126,7 @@ class RotaryBinding:
             return x.expand(batch, *x.shape[1:]).flatten(0, 1)
 
         result = flat(cos), flat(sin)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self._angles = (cos, sin, *result)
         return result
 

@@ -627,6 +627,11 @@ class PagedCache(Cache):
         """Columns of the padded batch that are in the cache."""
         return self._base if self.pending else self._base + self._queries
 
+    @property
+    def planned_columns(self) -> int:
+        """Columns of the planned step, 0 without one."""
+        return self._queries if self.pending else 0
+
     def __len__(self) -> int:
         return len(self.manager.specs)
 
