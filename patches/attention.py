@@ -32,18 +32,6 @@ STOCK = {"paged_kv": "sdpa", "paged_kv_plain": "eager"}
 _MISSING = object()
 
 
-class _NoBackward(torch.autograd.Function):
-    """The identity in forward; an error in backward, where a missing gradient would go unnoticed."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("attention over a paged KV cache has no backward: train with use_cache=False")
-
-
 def attend(
     kv: PagedLayer,
     query: Tensor,
@@ -70,7 +58,7 @@ def attend(
         rows = rows.to(kv.key_cache.dtype)
     step = kv.step
     out = ops.paged_attention(
-        rows.detach(),
+        rows,
         kv.key_cache,
         kv.value_cache,
         step.block_tables,
@@ -82,15 +70,12 @@ def attend(
         alibi_slopes=alibi_slopes,
         sliding_window=sliding_window or 0,
         softcap=softcap or 0.0,
-        sinks=None if sinks is None else sinks.detach().float(),
+        sinks=None if sinks is None else sinks.float(),
         k_scale=kv.k_scale,
         v_scale=kv.v_scale,
     )
     assert isinstance(out, Tensor)
-    out = out.to(query.dtype)
-    if torch.is_grad_enabled() and query.requires_grad:
-        out = _NoBackward.apply(out, query)
-    return out.unflatten(0, (query.shape[0], query.shape[2]))
+    return out.to(query.dtype).unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def _attention(

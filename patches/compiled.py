@@ -20,31 +20,46 @@ from torch._dynamo.eval_frame import OptimizedModule, skip_code
 if TYPE_CHECKING:
     from ..kv.cache import PagedCache
 
-__all__ = ["let_wrappers_generate", "note_lengths", "own_code", "skip_code"]
+__all__ = ["Region", "let_wrappers_generate", "note_lengths", "skip_code"]
 
 
-def own_code(function: Any) -> Callable[..., Any]:
-    """The same function with a code object of its own: the compiler keeps and counts its graphs by code object, and
-    one model's shall not use up another's limit."""
-    code = function.__code__.replace()
-    return types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__)
+class Region:
+    """A function that is compiled as a whole, and has a code object of its own for each kind of call. The compiler keeps
+    its graphs by code object, tries them one after the other and allows eight: one model shall not use up another's
+    limit, nor prompts that of decoding."""
+
+    def __init__(self, origin: Any) -> None:
+        self._origin = origin
+        self._functions: dict[str, Callable[..., Any]] = {}
+
+    def function(self, kind: str) -> Callable[..., Any]:
+        """The function for one kind of call."""
+        if kind not in self._functions:
+            origin = self._origin
+            self._functions[kind] = types.FunctionType(
+                origin.__code__.replace(), origin.__globals__, origin.__name__, origin.__defaults__
+            )
+        return self._functions[kind]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copied model has its own
+        return Region, (self._origin,)
 
 
-def note_lengths(cache: PagedCache, inputs: dict[str, Any]) -> None:
+def note_lengths(cache: PagedCache | None, inputs: dict[str, Any]) -> None:
     """Tells the compiler which sizes change from call to call, so that it compiles one graph for all of them instead
     of one for the first prompt's and another when it sees the second's."""
-    step = cache.step
-    assert step is not None
-    mask = inputs.get("attention_mask")
+    mask, ids, embeds = (inputs.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
+    sizes = [] if cache is None else cache.open_sizes()
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        maybe_mark_dynamic(mask, 1)
-    if cache.planned_columns > 1:
-        for name in ("input_ids", "inputs_embeds", "position_ids"):
-            x = inputs.get(name)
-            if isinstance(x, Tensor):
-                maybe_mark_dynamic(x, x.dim() - 1 if name == "position_ids" else 1)
-        maybe_mark_dynamic(step.block_tables, 1)
-        maybe_mark_dynamic(step.slot_mapping, 0)
+        sizes.append((mask, 1))
+    first = ids if ids is not None else embeds
+    if first is not None and first.shape[1] > 1:
+        positions = inputs.get("position_ids")
+        sizes += [(x, 1) for x in (ids, embeds) if x is not None]
+        if isinstance(positions, Tensor):
+            sizes.append((positions, positions.dim() - 1))
+    for tensor, dim in sizes:
+        maybe_mark_dynamic(tensor, dim)
 
 
 class _Generate:
@@ -57,7 +72,7 @@ class _Generate:
 
     def __get__(self, wrapper: OptimizedModule | None, owner: type) -> Callable[..., Any]:
         model = None if wrapper is None else wrapper._orig_mod
-        if wrapper is None or "_pagedkv_run" not in vars(model):
+        if wrapper is None or "_pagedkv_region" not in vars(model):
             raise AttributeError("generate")
         return functools.wraps(model.generate)(functools.partial(self._run, wrapper))
 

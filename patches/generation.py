@@ -1,8 +1,9 @@
 """Bindings on the model itself: `generate` makes a paged cache and frees it, and each forward pass is planned first.
 
 Bound to the instance, around whatever was bound there before: `generate`, `forward`, `prepare_inputs_for_generation`,
-`_prepare_cache_for_generation` (where transformers decides about the cache) and `_expand_inputs_for_generation` (the
-only place that sees a prompt after it was repeated for beams and before anything is computed).
+`_prepare_cache_for_generation` (where transformers decides about the cache), `_expand_inputs_for_generation` (the
+only place that sees a prompt after it was repeated for beams and before anything is computed) and
+`_valid_auto_compile_criteria` (where it decides whether to compile).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import types
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from .log import PatchLog
 
 if TYPE_CHECKING:
     from .checks import ModelFacts
+
+logger = logging.getLogger("torch_pagedkv")
 
 #: arguments of a forward pass that do not change what is in the cache for the same token ids
 _HARMLESS = {
@@ -174,6 +177,21 @@ def _prepare_cache_for_generation(
     return result
 
 
+def _valid_auto_compile_criteria(
+    self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any
+) -> bool:
+    """Whether generate() compiles decoding by itself. It does so for every cache of a fixed size; ours has no such
+    sign of the user's wish, and nobody shall wait for a compiler unasked, so it takes a `compile_config`."""
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, PagedCache):
+        return _call_before(self, "_valid_auto_compile_criteria", model_kwargs, generation_config)
+    cache.is_compileable = generation_config.compile_config is not None
+    try:
+        return _call_before(self, "_valid_auto_compile_criteria", model_kwargs, generation_config)
+    finally:
+        cache.is_compileable = False
+
+
 def _wants_pages(model: PreTrainedModel, call: Call, generation_config: Any) -> bool:
     """Whether this call shall run on the paged cache: nobody asked for another one, and nothing is trained."""
     if generation_config.use_cache is False or model.training or not model._supports_default_dynamic_cache():
@@ -299,7 +317,10 @@ def _plan(
     batch, queries = first.shape[:2]
     # an argument that is not of every language model (token types, pixels) may change the mask that the model makes
     foreign = {name for name, value in inputs.items() if value is not None} - _HARMLESS - {"inputs_embeds"}
-    dense = model.training or bool(inputs.get("output_attentions")) or bool(foreign)
+    recorded = _is_recorded(model, embeds)
+    if recorded and not model.training:
+        _warn_recorded()
+    dense = model.training or recorded or bool(inputs.get("output_attentions")) or bool(foreign)
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):
         dense = True  # a mask of the caller's own, over all columns
     elif not trusted:
@@ -312,26 +333,48 @@ def _plan(
         cache.note_ids(ids, whole=False)
 
 
+def _is_recorded(model: PreTrainedModel, embeds: Tensor | None) -> bool:
+    """Whether autograd will record the forward pass: the kernels have no backward, stock attention has."""
+    if not torch.is_grad_enabled():
+        return False
+    return (embeds is not None and embeds.requires_grad) or any(p.requires_grad for p in model.parameters())
+
+
+@functools.cache
+def _warn_recorded() -> None:
+    logger.warning(
+        "torch_pagedkv: a forward pass over a PagedCache is recorded for gradients, so it runs stock attention over "
+        "keys and values gathered from the pages; call the model inside torch.no_grad() for the paged kernels"
+    )
+
+
 @torch.compiler.disable
-def _planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PagedCache | None:
-    """The paged cache that a forward pass runs on, with the pass planned; None if it runs on none."""
+def _planned(
+    self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[PagedCache | None, Callable[..., Any]]:
+    """The paged cache that a forward pass runs on, with the pass planned, or None if it runs on none; and the function
+    that carries it out."""
     inputs = kwargs
+    region = vars(self)["_pagedkv_region"]
     if args:
         inputs = inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
         inputs = {k: v for k, v in inputs.items() if k not in ("self", "kwargs")} | inputs.get("kwargs", {})
     cache = inputs.get("past_key_values")
     if not isinstance(cache, PagedCache):
-        return None
+        compiled.note_lengths(None, inputs)
+        return None, region.function("no paged cache")
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
-    if not (cache.pending and first is not None and cache.fits(*first.shape[:2])):
+    planned = cache.pending and first is not None and cache.fits(*first.shape[:2])
+    if not planned or (not cache.dense and _is_recorded(self, inputs.get("inputs_embeds"))):
         _follow_model(self)
         cache.trusted = False
         if not _direct_ids_decide(cache, inputs):
             cache.stop_sharing()
         _plan(self, cache, inputs, whole_ids=None, trusted=False)
     compiled.note_lengths(cache, inputs)
-    return cache
+    assert first is not None
+    return cache, region.function("dense" if cache.dense else "decode" if first.shape[1] == 1 else "prefill")
 
 
 def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
@@ -344,11 +387,10 @@ def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
 
 
 def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    run = self._pagedkv_run  # type: ignore[operator]
     if torch.compiler.is_compiling():  # in a graph that begins further out: prepare_inputs_for_generation planned it
-        return run(args, kwargs)
-    cache = _planned(self, args, kwargs)
-    result = run(args, kwargs)
+        return _run(self, args, kwargs)
+    cache, run = _planned(self, args, kwargs)
+    result = run(self, args, kwargs)
     if cache is not None:
         cache.pending = False
     return result
@@ -356,7 +398,11 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
 
 def _run(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The forward pass itself: what `torch.compile` compiles, whichever way it was applied to the model."""
-    return _call_before(self, "forward", *args, **kwargs)
+    result = _call_before(self, "forward", *args, **kwargs)
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PagedCache):
+        cache.rotary_angles.clear()
+    return result
 
 
 _METHODS: dict[str, Callable[..., Any]] = {
@@ -365,6 +411,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "prepare_inputs_for_generation": _prepare_inputs_for_generation,
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_expand_inputs_for_generation": _expand_inputs_for_generation,
+    "_valid_auto_compile_criteria": _valid_auto_compile_criteria,
 }
 
 
@@ -390,7 +437,7 @@ def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: P
     driver = Driver(config, facts.max_prompt, facts.has_prefixes, (model.dtype, facts.dtype), before)
     log.set_attribute(model, "_pagedkv_driver", driver)
     log.set_attribute(model, "paged_cache", manager)
-    log.set_attribute(model, "_pagedkv_run", types.MethodType(compiled.own_code(_run), model))
+    log.set_attribute(model, "_pagedkv_region", compiled.Region(_run))
     compiled.let_wrappers_generate()
     for name, method in _METHODS.items():
         log.bind(model, name, _with_signature(method, type(model), name))

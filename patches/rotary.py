@@ -81,7 +81,6 @@ class RotaryBinding:
         tree = match.function_tree(cls.forward)  # type: ignore[attr-defined]
         self.hands_on = tree is not None and hands_on_to_update(tree)
         self.forward = _over_globals(cls.forward, {_NAME: _replacement(self)})  # type: ignore[attr-defined]
-        self._angles: tuple[Tensor, Tensor, Tensor, Tensor] | None = None  # as given -> flattened, for the next layer
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copied or unpickled model builds its own
         return RotaryBinding, (self.cls, self.convention)
@@ -97,7 +96,6 @@ class RotaryBinding:
         return want
 
     def _reproduces(self, convention: Convention, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, want: Any) -> bool:
-        self._angles = None  # they were laid out for the convention tried before
         try:
             got = self.rotate(q.clone(), k.clone(), cos, sin, convention)
         except (RuntimeError, ValueError):
@@ -114,10 +112,12 @@ class RotaryBinding:
         return _unflatten(q, query), _unflatten(k, key)
 
     def angles(self, cos: Tensor, sin: Tensor, batch: int, convention: Convention) -> tuple[Tensor, Tensor]:
-        """cos and sin [1 or B, Q, R] -> [B * Q, R / 2]; kept for the next layers, which are given the same tensors."""
-        compiling = torch.compiler.is_compiling()  # the compiler finds what is common by itself
-        if not compiling and self._angles is not None and self._angles[0] is cos and self._angles[1] is sin:
-            return self._angles[2], self._angles[3]
+        """cos and sin [1 or B, Q, R] -> [B * Q, R / 2]; a paged cache keeps them for the next layers, which are given
+        the same tensors."""
+        kept = [] if self.cache is None else self.cache.rotary_angles
+        for old_cos, old_sin, flat_cos, flat_sin in kept:
+            if old_cos is cos and old_sin is sin:
+                return flat_cos, flat_sin
         take = _LAYOUTS[convention.layout]
 
         def flat(x: Tensor) -> Tensor:
@@ -126,8 +126,7 @@ class RotaryBinding:
             return x.expand(batch, *x.shape[1:]).flatten(0, 1)
 
         result = flat(cos), flat(sin)
-        if not compiling:
-            self._angles = (cos, sin, *result)
+        kept.append((cos, sin, *result))
         return result
 
 

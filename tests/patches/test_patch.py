@@ -296,12 +296,39 @@ def test_training_is_that_of_the_stock_model() -> None:
     assert torch.equal(gradients[0], gradients[1])
 
 
-def test_backward_through_pages_is_an_error_not_a_wrong_gradient() -> None:
-    model = torch_pagedkv.patch(tiny.make("llama"))
-    inputs = tiny.batch()
-    logits = model(**inputs, past_key_values=torch_pagedkv.PagedCache(model)).logits
-    with pytest.raises(RuntimeError, match="no backward: train with use_cache=False"):
-        logits.sum().backward()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom", "gpt2"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_through_a_paged_cache(family: str, training: bool) -> None:
+    """Of a pass behind a stored prefix: the step's own keys and values carry gradients, the prefix is a constant."""
+    inputs, gradients = tiny.batch((11, 11)), []
+    first, second = (inputs["input_ids"][:, part] for part in (slice(0, 6), slice(6, None)))
+    for patched in (False, True):
+        model = tiny.make(family).train(training)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if patched:
+            torch_pagedkv.patch(model)
+        cache = torch_pagedkv.PagedCache(model) if patched else hf.DynamicCache()
+        with torch.no_grad():
+            model(first, past_key_values=cache)
+        mask = torch.ones_like(inputs["input_ids"])
+        logits = model(second, attention_mask=mask, past_key_values=cache).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), second.flatten()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, want in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], want, rtol=2e-4, atol=1e-6 * float(want.abs().max()) + 1e-12)
+
+
+def test_a_plan_made_without_gradients_is_made_again_with_them() -> None:
+    model, inputs = torch_pagedkv.patch(tiny.make("llama")), tiny.batch((9,))
+    cache = torch_pagedkv.PagedCache(model)
+    with torch.no_grad():
+        prepared = model.prepare_inputs_for_generation(**inputs, past_key_values=cache)
+        assert cache.is_paged(0)
+    model(**prepared).logits.sum().backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
 def test_deep_copy_has_its_own_cache() -> None:

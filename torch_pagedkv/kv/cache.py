@@ -70,8 +70,8 @@ class PagedCache(Cache):
         ValueError: `owner` is not patched.
     """
 
-    #: set by the rotary patch: a rotation that the next `update()` carries out in the same kernel as the write
-    pending_rotary: Any = None
+    #: False: transformers shall not build the masks of a static cache for it. Compiled it can be all the same.
+    is_compileable = False
 
     def __init__(self, owner: Any, *, expected_tokens: int = 0) -> None:
         super().__init__(layers=[])
@@ -85,6 +85,10 @@ class PagedCache(Cache):
         self.trusted = False  # masks beyond those expected are all ones: generate() appends them
         self.cacheable = True  # finished blocks may be found by others
         self.step: PagedStep | None = None
+        #: set by the rotary patch: a rotation that the next `update()` carries out in the same kernel as the write
+        self.pending_rotary: Any = None
+        #: cos and sin as the model gives them, and as the kernels want them, for the layers of one forward pass
+        self.rotary_angles: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._num_blocks_wide = max(_MIN_TABLE, -(-expected_tokens // manager.block_size))  # of a decode step's table
         self._seqs: list[SequenceBlocks] = []  # never rebound: the finalizer holds it
         self._requests: list[tuple[SequenceBlocks, int]] = []  # one more token for each
@@ -103,6 +107,9 @@ class PagedCache(Cache):
         self._commit_due = False
         self._held: list[PagedStep] = []  # the decode step in use, if any; never rebound: the finalizer holds it
         self._view: DenseView | None = None  # of the planned step, if a layer needs it
+        # [columns before the step, columns after it, gathered rows of a sequence]: of these only the shape is used. A
+        # compiled graph leaves a tensor's sizes open, but takes each new value of an int for a reason to compile again.
+        self._extent: Tensor | None = None
         self._ids: Tensor | None = None  # [B, columns] the token ids seen, on any device
         self._finalizer = weakref.finalize(self, manager.drop, self._seqs, self._held, self.epoch)
         self._finalizer.atexit = False
@@ -298,12 +305,16 @@ class PagedCache(Cache):
 
     def _look(self) -> None:
         """Finds out where the dense keys and values of the planned step lie, if a layer needs them."""
-        self._view = None
-        if not self.dense and not self.manager.rules.dense_layers:
+        rules = self.manager.rules
+        self._view = self._extent = None
+        if not (self.dense or rules.dense_layers or rules.real_masks):
             return
         columns, batch = self._base + self._queries, len(self._seqs)
-        stored = self._stored(columns, batch) if self._mask is not None else None
         width = columns if not self._gapped else max(self._tokens, default=0)
+        self._extent = torch.empty(1, device=self.manager.device).expand(self._base, columns, width)
+        if not (self.dense or rules.dense_layers):
+            return
+        stored = self._stored(columns, batch) if self._mask is not None else None
         starts = torch.arange(batch) * width
         place = shown = None
         if stored is not None and not self._gapped:
@@ -311,7 +322,7 @@ class PagedCache(Cache):
         elif stored is not None:  # token p of a row belongs to its p-th stored column
             place = (stored.cumsum(1) - 1).clamp(min=0).to(self.manager.device)
             shown = stored.to(self.manager.device)[..., None, None]
-        self._view = DenseView(starts.to(self.manager.device, torch.int32), width, place, shown)
+        self._view = DenseView(starts.to(self.manager.device, torch.int32), place, shown)
 
     def _plan_columns(self, queries: int, dense: bool) -> None:
         """The general case: any number of columns, pads anywhere, rows ahead of what they have computed."""
@@ -377,6 +388,7 @@ class PagedCache(Cache):
         if not self.pending or self.epoch != self.manager.epoch:
             return
         self.pending_rotary = None
+        self.rotary_angles.clear()
         self.pending, self._queries = False, 0
         for seq, n in zip(self._seqs, self._before):
             self.manager.blocks.truncate(seq, n)
@@ -523,25 +535,32 @@ class PagedCache(Cache):
             )
         if self.is_paged(layer_idx):
             return layer, layer
-        return self._gather(layer, key_states.dtype)
+        key, value = self._gather(layer, key_states.dtype)
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # what is stored has no gradient; this step's own columns have
+            key, value = (
+                torch.cat([stored[:, :, : -new.shape[2]], new], 2)
+                for stored, new in ((key, key_states), (value, value_states))
+            )
+        return key, value
 
     def _gather(self, layer: PagedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Dense keys and values in the columns of the padded batch; pads are 0."""
-        view = self._view
-        assert view is not None
-        batch = view.starts.shape[0]
+        view, extent = self._view, self._extent
+        assert view is not None and extent is not None
+        batch, width = view.starts.shape[0], extent.shape[2]
         key, value = ops.gather_cache(
             layer.key_cache,
             layer.value_cache,
             layer.step.block_tables,
             layer.step.seq_lens,
             view.starts,
-            batch * view.width,
+            batch * width,
             dtype=dtype,
             k_scale=layer.k_scale,
             v_scale=layer.v_scale,
         )
-        key, value = (x.unflatten(0, (batch, view.width)) for x in (key, value))
+        key, value = (x.unflatten(0, (batch, width)) for x in (key, value))
         if view.place is not None:
             rows = torch.arange(batch, device=view.place.device)[:, None]
             key, value = (x[rows, view.place] * view.shown for x in (key, value))
@@ -616,9 +635,10 @@ class PagedCache(Cache):
         self._requests, self._tokens, self._begun, self._before, self._given = [], [], [], [], []
         self.pending = self._hidden = self._gapped = self._regular = self._commit_due = False
         self._base = self._queries = self._skipped_of = 0
-        self._mask = self._ids = self.step = self._view = None
+        self._mask = self._ids = self.step = self._view = self._extent = None
         self._give_step_back()
         self._stale, self.pending_rotary = True, None
+        self.rotary_angles.clear()
 
     # ---- transformers.Cache ------------------------------------------------------------------------------------------
 
@@ -627,10 +647,15 @@ class PagedCache(Cache):
         """Columns of the padded batch that are in the cache."""
         return self._base if self.pending else self._base + self._queries
 
-    @property
-    def planned_columns(self) -> int:
-        """Columns of the planned step, 0 without one."""
-        return self._queries if self.pending else 0
+    def open_sizes(self) -> list[tuple[Tensor, int]]:
+        """Tensors of the planned step and those of their dimensions that the next step may have otherwise."""
+        assert self.step is not None
+        sizes = [] if self._extent is None else [(self._extent, dim) for dim in range(3)]
+        if self._view is not None and self._view.place is not None and self._view.shown is not None:
+            sizes += [(self._view.place, 1), (self._view.shown, 1)]
+        if self.step.slot_mapping.shape != self.step.seq_lens.shape:
+            sizes += [(self.step.block_tables, 1), (self.step.slot_mapping, 0)]
+        return sizes
 
     def __len__(self) -> int:
         return len(self.manager.specs)
@@ -646,13 +671,17 @@ class PagedCache(Cache):
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Column of the first query, for masks. A paged step has none: 0, a constant for the compiler."""
-        return self.columns if self._has_mask(layer_idx) else 0
+        if not self._has_mask(layer_idx):
+            return 0
+        extent = self._extent
+        return extent.shape[0] if extent is not None and self.pending else self.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns and offset of the mask; (0, 0) says that a paged step needs none."""
         if not self._has_mask(layer_idx):
             return 0, 0
-        return (self.columns + query_length), 0
+        extent = self._extent
+        return extent.shape[1] if extent is not None and self.pending else self.columns + query_length, 0
 
     def _has_mask(self, layer_idx: int) -> bool:
         return self.manager.rules.real_masks or not self.is_paged(layer_idx)
@@ -669,11 +698,6 @@ class PagedCache(Cache):
     def batch_size(self) -> int:
         """Rows, or -1 before the first forward pass."""
         return len(self._seqs) or -1
-
-    @property
-    def is_compileable(self) -> bool:
-        """False: transformers shall not compile by itself and build masks for a static cache."""
-        return False
 
     @property
     def is_initialized(self) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._dynamo import mark_static_address, maybe_mark_dynamic
 
 from ..ops.cache import copy_blocks, swap_blocks
 
@@ -188,7 +189,7 @@ class KVPool:
             raise ValueError(f"max_blocks ({max_blocks}) must be >= num_blocks ({num_blocks})")
         self.max_blocks = num_blocks if fixed and max_blocks is None else max_blocks
 
-        tensors = self._allocate(num_blocks, self.device, self._option)
+        tensors = self._for_compiler(self._allocate(num_blocks, self.device, self._option))
         layers = len(self.specs)
         self.key_caches, self.value_caches = tensors[:layers], tensors[layers : 2 * layers]
         self.key_scales, self.value_scales = tensors[2 * layers : 3 * layers], tensors[3 * layers :]
@@ -250,6 +251,7 @@ class KVPool:
                 raise
             target = min_blocks
             new = self._allocate(target, self.device, "max_blocks")
+        self._for_compiler(new)
         # Interrupted in here, some tensors are longer than num_blocks, which is harmless: it is set last.
         replacements = iter(new)
         for tensors in (self.key_caches, self.value_caches, self.key_scales, self.value_scales):
@@ -328,6 +330,15 @@ class KVPool:
                 f"{_gib(self.bytes_per_block)}: raise memory_fraction or lower block_size"
             )
         return num_blocks
+
+    def _for_compiler(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tells torch.compile which tensors may be replaced by longer ones, and that CUDA graphs need not copy them."""
+        for tensor in tensors:
+            if self.max_blocks is None or tensor.shape[0] < self.max_blocks:
+                maybe_mark_dynamic(tensor, 0)
+            if self.device.type == "cuda":
+                mark_static_address(tensor)
+        return tensors
 
     def _allocate(self, num_blocks: int, device: torch.device, option: str) -> list[Tensor]:
         """Uninitialised tensors for `num_blocks`, or a `PoolMemoryError` that names `option`."""

@@ -45,13 +45,11 @@ class DenseView:
 
     Attributes:
         starts: int32 [B], the gathered row at which each sequence begins.
-        width: gathered rows of each sequence.
         place: int64 [B, columns], which of its tokens each column shows; None: the gathered rows are the columns.
         shown: bool [B, columns, 1, 1], which columns are tokens; with `place`.
     """
 
     starts: Tensor
-    width: int
     place: Tensor | None = None
     shown: Tensor | None = None
 

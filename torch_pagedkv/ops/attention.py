@@ -76,8 +76,9 @@ def _(
 
 @define(
     "flash_attention(Tensor query, Tensor key, Tensor value, Tensor query_start, Tensor query_len, Tensor key_start, "
-    "Tensor key_len, SymInt max_query_len, SymInt max_key_len, float scale, bool causal=True, Tensor? alibi_slopes=None, "
-    "int sliding_window=0, float softcap=0.0, Tensor? sinks=None, bool return_lse=False) -> (Tensor, Tensor)"
+    "Tensor key_len, SymInt max_query_len, SymInt max_key_len, float scale, bool causal=True, "
+    "Tensor? alibi_slopes=None, int sliding_window=0, float softcap=0.0, Tensor? sinks=None, bool return_lse=False) "
+    "-> (Tensor, Tensor)"
 )
 def _(
     query,
