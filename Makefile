@@ -15,6 +15,7 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 ARGS ?=
 OLDEST := 5.17.0
+OLDEST_TORCH := 2.11.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 ifdef NO_VENV
@@ -38,11 +39,12 @@ WORKERS = $$($(PY) -c 'import importlib.util as u; print("-n auto --dist workste
 SAY = @printf 'torch_pagedkv: %s\n'
 NATIVE_SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cuh csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu tests/emulate/*.h tests/emulate/*.cpp tests/emulate/*.cu)
 
-.PHONY: help demo test test-all test-oldest bench env build lint types format clean distclean check-python
+.PHONY: help demo test test-all test-oldest test-oldest-torch bench env build lint types format clean distclean check-python
 
 help:
 	@echo 'make demo      a real model, stock and patched generate() side by side (ARGS="--device cuda --json out.json")'
 	@echo 'make test      the tests (ARGS="-k norm" for some); make test-all: the slow ones too'
+	@echo 'make test-oldest, make test-oldest-torch: on the oldest transformers, on the oldest torch'
 	@echo 'make bench     time the operators'
 	@echo 'make env       what is installed, loaded and missing'
 	@echo 'make build     compile what changed in csrc/'
@@ -63,6 +65,12 @@ test-oldest: build
 	@[ -d build/transformers-$(OLDEST) ] || \
 	  $(PIP_INSTALL) --target build/transformers-$(OLDEST) transformers==$(OLDEST)
 	@PYTHONPATH=build/transformers-$(OLDEST) $(PY) -m pytest $(WORKERS) -m 'not slow' tests/patches $(ARGS)
+
+# The ops and torch.compile on the oldest torch that is supported: a download of gigabytes the first time.
+test-oldest-torch: build
+	@[ -d build/torch-$(OLDEST_TORCH) ] || $(PIP_INSTALL) --target build/torch-$(OLDEST_TORCH) torch==$(OLDEST_TORCH)
+	@PYTHONPATH=build/torch-$(OLDEST_TORCH) $(PY) -m pytest $(WORKERS) \
+	  tests/ops/test_contract.py tests/ops/test_cache.py tests/patches/test_compile.py tests/patches/test_patch.py $(ARGS)
 
 bench: build
 	@$(PY) -m torch_pagedkv.cli bench $(ARGS)

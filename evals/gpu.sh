@@ -3,6 +3,7 @@
 # the benchmarks. Prints a line for each step; logs and JSON go to a folder.
 #
 #   evals/gpu.sh [-o FOLDER] [STEP ...]      steps: build check tests memcheck racecheck initcheck bench accuracy speed
+#                                            compiled
 #
 # Runs in the environment as it is (its own torch); nothing is installed.
 set -u
@@ -25,6 +26,10 @@ command_of() {
     bench) "$python" -m torch_pagedkv.cli bench --device cuda --json "$out/kernels-cuda.json" ;;
     accuracy) "$python" -m torch_pagedkv.evals.accuracy --device cuda --json "$out/accuracy-cuda.json" ;;
     speed) "$python" -m torch_pagedkv.evals.speed --device cuda --random llama3-8b --json "$out/speed-cuda.json" ;;
+    compiled)
+      "$python" -m torch_pagedkv.evals.compiled --device cuda --random llama3-8b --mode reduce-overhead \
+        --json "$out/compiled-cuda.json"
+      ;;
     *) echo "unknown step" && return 2 ;;
   esac
 }
