@@ -24,7 +24,7 @@ __all__ = ["Region", "let_wrappers_generate", "note_lengths", "skip_code"]
 
 
 class Region:
-    """A function that is compiled as a whole, and has a code object of its own for each kind of call. The compiler keeps
+    """A function that is compiled as a whole, with a code object of its own for each kind of call. The compiler keeps
     its graphs by code object, tries them one after the other and allows eight: one model shall not use up another's
     limit, nor prompts that of decoding."""
 
@@ -71,7 +71,7 @@ class _Generate:
         self._calls: weakref.WeakKeyDictionary[OptimizedModule, Callable[..., Any]] = weakref.WeakKeyDictionary()
 
     def __get__(self, wrapper: OptimizedModule | None, owner: type) -> Callable[..., Any]:
-        model = None if wrapper is None else wrapper._orig_mod
+        model: Any = None if wrapper is None else wrapper._orig_mod
         if wrapper is None or "_pagedkv_region" not in vars(model):
             raise AttributeError("generate")
         return functools.wraps(model.generate)(functools.partial(self._run, wrapper))
@@ -99,4 +99,4 @@ _generate = _Generate()
 def let_wrappers_generate() -> None:
     """Give torch.compile's wrapper the attribute above, once a process."""
     if "generate" not in vars(OptimizedModule):
-        OptimizedModule.generate = _generate
+        OptimizedModule.generate = _generate  # type: ignore[attr-defined]

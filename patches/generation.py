@@ -177,9 +177,7 @@ def _prepare_cache_for_generation(
     return result
 
 
-def _valid_auto_compile_criteria(
-    self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any
-) -> bool:
+def _valid_auto_compile_criteria(self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     """Whether generate() compiles decoding by itself. It does so for every cache of a fixed size; ours has no such
     sign of the user's wish, and nobody shall wait for a compiler unasked, so it takes a `compile_config`."""
     cache = model_kwargs.get("past_key_values")

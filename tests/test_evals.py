@@ -12,7 +12,7 @@ import torch
 from transformers import BatchEncoding
 
 import torch_pagedkv
-from torch_pagedkv.evals import accuracy, machine, models, prompts, render, speed, trace
+from torch_pagedkv.evals import accuracy, compiled, machine, models, prompts, render, speed, trace
 
 #: bytes of a token in the cache of the tiny model: K and V, 2 layers, 2 heads of 16, fp32
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -212,6 +212,21 @@ def test_too_long(tiny: None, capsys: pytest.CaptureFixture[str]) -> None:
 def test_infinite_ratio_is_no_pass() -> None:
     assert accuracy.ratio(0.0, 0.0) == 1.0
     assert not accuracy.ratio(1e-9, 0.0) <= accuracy.LOGITS_GATE
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "compiled.json"
+    argv = ["--random", "tiny", "--device", "cpu", "--threads", "1", "--new-tokens", "4", "--rounds", "1"]
+    assert compiled.main([*argv, "--json", str(report)]) == 0
+    ways = {one["way"]: one for one in json.loads(report.read_text())["ways"]}
+    assert list(ways) == list(compiled.WAYS)
+    assert ways["patched, compiled"]["graphs"] == 2 and ways["patched, compiled"]["graphs_added"] == 0
+    assert ways["patched"]["graphs"] == ways["stock"]["graphs"] == 0
+    assert "patched, compiled" in capsys.readouterr().out
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------

@@ -443,7 +443,7 @@ class PagedCache(Cache):
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
-    def _to_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    def _to_device(self, values: Sequence[Any] | int, dtype: torch.dtype) -> Tensor:
         if self.manager.device.type == "cpu":
             return torch.tensor(values, dtype=dtype)
         return torch.tensor(values, dtype=dtype, pin_memory=True).to(self.manager.device, non_blocking=True)
