@@ -204,8 +204,8 @@ def apply(model: PreTrainedModel, facts: ModelFacts, log: PatchLog) -> None:
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig):
             log.set_attribute(module, "config", originals[id(config)][1])
-    for layer, path in enumerate(facts.attention):
-        if layer in facts.dense_reasons:
-            log.kept(path, "attention", f"{STOCK[name]} over gathered pages: {facts.dense_reasons[layer]}")
+    for path in facts.attention:
+        if path in facts.dense_reasons:
+            log.kept(path, "attention", f"{STOCK[name]} over gathered pages: {facts.dense_reasons[path]}")
         else:
             log.runs(path, "attention", "paged_attention")
