@@ -119,7 +119,9 @@ def _forward(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Any) -> d
     """Prompt, then token by token, then a chunk, through one cache."""
     mask = inputs["attention_mask"]
     rows = mask.shape[0]
-    out = model(**inputs, past_key_values=cache, use_cache=True) if cache is not None else model(**inputs, use_cache=True)
+    out = (
+        model(**inputs, past_key_values=cache, use_cache=True) if cache is not None else model(**inputs, use_cache=True)
+    )
     values = {"": _logits(out)[mask.bool()]}
     for name, count in (*((f", step {i + 1}", 1) for i in range(STEPS)), (", chunk", CHUNK)):
         ids = batch((count,) * rows, seed=count)["input_ids"]
@@ -274,9 +276,7 @@ def _refused(name: str, error: UnsupportedModelError, fusions: Callable[[], dict
     return row if row["result"] == WRONG else _row(REFUSED, reason, error=row["error"])
 
 
-def _compare(
-    model: PreTrainedModel, stock: Turn, exact: set[str], limit: float, *, attention: bool
-) -> dict[str, Any]:
+def _compare(model: PreTrainedModel, stock: Turn, exact: set[str], limit: float, *, attention: bool) -> dict[str, Any]:
     """Patches, compares, unpatches, compares."""
     torch_pagedkv.patch(model, block_size=BLOCK_SIZE, attention=attention)
     try:

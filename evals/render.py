@@ -37,7 +37,8 @@ def text(rows: Rows, *, numbers: bool = True) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(
-            cell.rjust(width) if i and numbers else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            cell.rjust(width) if i and numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
         )
         for row in rows
     ]

@@ -174,8 +174,7 @@ def apply(model: PreTrainedModel, facts: ModelFacts, log: PatchLog) -> None:
 
     if any(type(module).__name__ in families.RECIPES for module in facts.attention.values()):
         for name, module in facts.attention.items():
-            log.set_attribute(module, "_pagedkv_slopes", None)
-            log.bind(module, "forward", families.forward)
+            families.bind(module, log)
             if facts.rules.dense_after == 0:
                 log.kept(name, "attention", f"{facts.stock} over gathered pages: its position bias is rounded")
             else:

@@ -315,7 +315,7 @@ def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
         gaps_dense=windows or (recipe is not None and recipe.counts_columns),
         dense_after=recipe.dense_after(module) if recipe is not None else None,
         real_masks=recipe is not None,
-        pads_shift_positions=recipe is None and not _accepts(model, "position_ids"),
+        pads_shift_positions=not (recipe is not None and recipe.relative) and not _accepts(model, "position_ids"),
         own_positions=not default_positions,
     )
     return ModelFacts(
@@ -426,8 +426,7 @@ def _masks_by_window(cls: type) -> bool:
     """True for a model whose forward makes a mask with a sliding window."""
     tree = match.function_tree(cls.forward) if issubclass(cls, PreTrainedModel) else None
     return tree is not None and any(
-        isinstance(node, ast.Name)
-        and (node.id == "create_masks_for_generate" or "sliding_window" in node.id)
+        isinstance(node, ast.Name) and (node.id == "create_masks_for_generate" or "sliding_window" in node.id)
         for node in ast.walk(tree)
     )
 
