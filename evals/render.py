@@ -32,12 +32,13 @@ class RenderError(ValueError):
     """A document that cannot be rendered: the message names the line or the result."""
 
 
-def text(rows: Rows) -> str:
-    """Rows aligned for the terminal: the first column to the left, numbers to the right."""
+def text(rows: Rows, *, numbers: bool = True) -> str:
+    """Rows aligned for the terminal: the first column to the left, the others, if they are numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+            cell.rjust(width) if i and numbers else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
         )
         for row in rows
     ]
@@ -45,10 +46,10 @@ def text(rows: Rows) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def markdown(rows: Rows) -> str:
+def markdown(rows: Rows, *, numbers: bool = True) -> str:
     """Rows as a markdown table, aligned like `text`."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    rule = ["---", *["---:" if numbers else "---"] * (len(rows[0]) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]])
 
 

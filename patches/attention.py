@@ -158,8 +158,7 @@ def apply(model: PreTrainedModel, facts: ModelFacts, log: PatchLog) -> None:
 
     if any(type(module).__name__ in families.RECIPES for module in facts.attention.values()):
         for name, module in facts.attention.items():
-            log.set_attribute(module, "_pagedkv_slopes", None)
-            log.bind(module, "forward", families.forward)
+            families.bind(module, log)
             if facts.rules.dense_after == 0:
                 log.kept(name, "attention", f"{facts.stock} over gathered pages: its position bias is rounded")
             else:
@@ -188,8 +187,8 @@ def apply(model: PreTrainedModel, facts: ModelFacts, log: PatchLog) -> None:
         config = vars(module).get("config")
         if isinstance(config, PreTrainedConfig):
             log.set_attribute(module, "config", originals[id(config)][1])
-    for layer, path in enumerate(facts.attention):
-        if layer in facts.dense_reasons:
-            log.kept(path, "attention", f"{STOCK[name]} over gathered pages: {facts.dense_reasons[layer]}")
+    for path in facts.attention:
+        if path in facts.dense_reasons:
+            log.kept(path, "attention", f"{STOCK[name]} over gathered pages: {facts.dense_reasons[path]}")
         else:
             log.runs(path, "attention", "paged_attention")

@@ -33,6 +33,7 @@ _KNOWN_KEYWORDS = {
     "is_causal",
     "position_ids",
     "attention_mask",
+    "output_attentions",
 }
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _PROBE_TOKENS = 4
@@ -69,13 +70,13 @@ class ModelFacts:
     """What `examine` found.
 
     Attributes:
-        attention: qualified name -> attention module, one for each layer of the cache.
+        attention: qualified name -> attention module.
         forms: of their classes.
-        specs: shape of each layer's keys and values.
+        specs: shape of the keys and values of each layer of the cache.
         dtype, device: of the keys and values.
         rules: where pages cannot be attended in.
         stock: name of the model's attention implementation.
-        dense_reasons: layer -> why it gets dense keys and values.
+        dense_reasons: name of an attention module -> why it gets dense keys and values.
         max_prompt: positions of the model, if a prompt must not be longer.
         has_prefixes: a token's keys and values depend on the tokens before it alone.
     """
@@ -87,7 +88,7 @@ class ModelFacts:
     device: torch.device
     rules: PagingRules
     stock: str
-    dense_reasons: dict[int, str]
+    dense_reasons: dict[str, str]
     max_prompt: int | None
     has_prefixes: bool
 
@@ -95,6 +96,15 @@ class ModelFacts:
 def text_config(model: PreTrainedModel) -> object:
     """The config of the decoder that generates text (the model's own, unless it is a composite one)."""
     return model.config.get_text_config(decoder=True)
+
+
+def setting(config: object, name: str) -> Any:
+    """A field of a config, None if it has none. Where it differs from layer to layer: that of the first layer where it
+    is set."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # newer transformers do not say which layer's
+        return next((v for layer in config.per_layer_config if (v := getattr(layer, name, None))), None)  # type: ignore[attr-defined]
 
 
 def is_update(node: ast.AST) -> bool:
@@ -123,7 +133,8 @@ def _form_of(forward: Callable[..., Any]) -> AttentionForm | None:
     reads = [n for n in _after(tree, updates[0]) if isinstance(n, ast.Name) and n.id in names]
     given = [a for call in calls for a in (*call.args, *(k.value for k in call.keywords)) if isinstance(a, ast.Name)]
     branch = _eager_only(tree)
-    if any(read not in given and read not in branch for read in reads):
+    kept = _shared_with_other_layers(tree)
+    if any(read not in given and read not in branch and read not in kept for read in reads):
         return AttentionForm(keywords, "it changes or keeps keys and values after update()")
     unknown = sorted(keywords - _KNOWN_KEYWORDS)
     if unknown:
@@ -141,6 +152,16 @@ def _after(tree: ast.FunctionDef, statement: ast.stmt) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
         if isinstance(node, ast.expr) and (node.lineno, node.col_offset) >= end:
             yield node
+
+
+def _shared_with_other_layers(tree: ast.FunctionDef) -> list[ast.AST]:
+    """Nodes that are put aside as they are, `shared[...] = key, value`, for layers without keys of their own (Gemma)."""
+    return [
+        element
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and all(isinstance(target, ast.Subscript) for target in node.targets)
+        for element in (node.value.elts if isinstance(node.value, ast.Tuple) else [node.value])
+    ]
 
 
 def _eager_only(tree: ast.FunctionDef) -> list[ast.AST]:
@@ -193,16 +214,73 @@ def _check_cache_dtype(config: PagedConfig, device: torch.device) -> None:
         raise ValueError(f"kv_cache_dtype: {config.kv_cache_dtype!r} is not available on {device}: {error}") from error
 
 
-def probe(model: PreTrainedModel) -> DynamicCache:
+class _Recorder(DynamicCache):
+    """A stock cache that notes which module wrote which of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.ran: dict[str, None] = {}  # names, in the order of their first call
+        self.writers: dict[int, str] = {}
+
+    def enter(self, name: str, *_: Any) -> None:
+        self.running.append(name)
+        self.ran[name] = None
+
+    def leave(self, *_: Any) -> None:
+        self.running.pop()
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self.running:
+            self.writers[layer_idx] = self.running[-1]
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the (first) input embedding: all token ids are below."""
+    embedding = model.get_input_embeddings()
+    while isinstance(embedding, nn.ModuleList):
+        embedding = embedding[0]
+    weight = getattr(embedding, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) else int(text_config(model).vocab_size)  # type: ignore[attr-defined]
+
+
+def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Recorder, bool]:
     """Runs a few tokens through the model with a stock cache: its shapes are those of the model's attention, whatever
-    sharding or quantisation did to the projections. Random state and training mode are left as they were."""
-    cache = DynamicCache()
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = (torch.arange(_PROBE_TOKENS, device=model.device) % vocabulary)[None]
+    sharding or quantisation did to the projections. Random state and training mode are left as they were.
+
+    Raises:
+        UnsupportedModelError: the model does not use the cache as it is.
+
+    Returns:
+        The cache, which knows what the candidates wrote, and whether `position_ids` left out mean 0, 1, 2 ...
+    """
+    cache = _Recorder()
+    vocabulary = num_embeddings(model)  # special tokens, which a model may treat otherwise, stand at its ends
+    ids = ((torch.arange(_PROBE_TOKENS, device=model.device) + vocabulary // 2) % vocabulary)[None]
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return cache
+    hooks = [
+        hook
+        for name, module in candidates.items()
+        for hook in (
+            module.register_forward_pre_hook(functools.partial(cache.enter, name)),
+            module.register_forward_hook(cache.leave, always_call=True),
+        )
+    ]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if cache.writers and out.past_key_values is not cache:
+        raise UnsupportedModelError(f"{type(model).__name__} puts the cache that it is given into one of its own")
+    if not _accepts(model, "position_ids"):
+        return cache, True
+    positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+    with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
+        counted = model(input_ids=ids, position_ids=positions, past_key_values=DynamicCache(), use_cache=True).logits
+    return cache, match.relative_error(counted, out.logits) <= 1e-3
 
 
 def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
@@ -214,28 +292,31 @@ def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
     name = type(model).__name__
     settings = text_config(model)
     for field, meaning in _FOREIGN_FIELDS.items():
-        if getattr(settings, field, None):
+        if setting(settings, field):
             raise UnsupportedModelError(f"{name} has {meaning} (config.{field})")
-    if getattr(settings, "is_causal", True) is False or getattr(settings, "use_bidirectional_attention", False) is True:
+    if setting(settings, "is_causal") is False or setting(settings, "use_bidirectional_attention") is True:
         raise UnsupportedModelError(f"{name} attends in both directions")
 
-    attention = _attention_modules(model)
-    layer_types = getattr(settings, "layer_types", None) or []
+    layer_types = setting(settings, "layer_types") or []
     foreign = sorted(set(layer_types) - _KNOWN_LAYER_TYPES)
     if foreign:
         raise UnsupportedModelError(f"{name} has layers of type {', '.join(foreign)}")
-    specs, dtype = _shapes(model, attention)
-    dense = dict(_dense_layers(settings, attention, layer_types))
+    candidates = _candidates(model)
+    cache, default_positions = probe(model, candidates)
+    attention, layers = _attention_modules(model, candidates, cache)
+    specs, dtype = _shapes(model, layers, cache)
+    dense = dict(_dense_modules(model, settings, attention, layer_types))
     recipes = [families.RECIPES.get(type(module).__name__) for module in attention.values()]
     recipe = recipes[0]
-    windows = "sliding_attention" in layer_types or bool(getattr(settings, "sliding_window", None))
+    windows = "sliding_attention" in layer_types or bool(setting(settings, "sliding_window"))
     module = next(iter(attention.values()))
     rules = PagingRules(
-        dense_layers=frozenset(dense),
+        dense_layers=frozenset(layer for layer, path in enumerate(layers) if path in dense),
         gaps_dense=windows or (recipe is not None and recipe.counts_columns),
         dense_after=recipe.dense_after(module) if recipe is not None else None,
         real_masks=recipe is not None,
-        pads_shift_positions=recipe is None and not _accepts(model, "position_ids"),
+        pads_shift_positions=not (recipe is not None and recipe.relative) and not _accepts(model, "position_ids"),
+        own_positions=not default_positions,
     )
     return ModelFacts(
         attention=attention,
@@ -255,48 +336,54 @@ def _accepts(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(type(model).forward).parameters
 
 
-def _attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules that update the cache, in order of their layer.
+def _candidates(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules whose forward says that they update a cache."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__ in families.RECIPES or attention_form(type(module)) is not None
+    }
+
+
+def _attention_modules(
+    model: PreTrainedModel, candidates: dict[str, nn.Module], cache: _Recorder
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """The modules that attend in the cache, and the one that writes each of its layers. What did not run (cross-attention
+    without an encoder) does not count.
 
     Raises:
         UnsupportedModelError: there are none, or one of them cannot run on pages.
     """
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        form = attention_form(type(module)) if isinstance(getattr(module, "layer_idx", None), int) else None
-        recipe = families.RECIPES.get(type(module).__name__)
-        if form is None and recipe is None:
-            continue
-        if recipe is None and form is not None and form.obstacle is not None:
-            raise UnsupportedModelError(f"{type(model).__name__}: {name} ({type(module).__name__}): {form.obstacle}")
-        if recipe is not None and (why := recipe.refuses(module)):
-            raise UnsupportedModelError(f"{type(model).__name__}: {name} ({type(module).__name__}): {why}")
+    kind = type(model).__name__
+    for name in cache.ran:
+        module = candidates[name]
+        form, recipe = attention_form(type(module)), families.RECIPES.get(type(module).__name__)
+        why = recipe.refuses(module) if recipe is not None else form.obstacle if form is not None else None
+        if why:
+            raise UnsupportedModelError(f"{kind}: {name} ({type(module).__name__}): {why}")
         found[name] = module
-    layers = [_layer(module) for module in found.values()]
-    if not found:
+    if not found or not cache.writers:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention with a layer_idx that updates a key-value cache: a state-space "
-            "model, or one from before transformers' caches"
+            f"{kind} has no attention that updates a key-value cache: a state-space model, or one from before "
+            "transformers' caches"
         )
-    if sorted(layers) != list(range(len(layers))):
-        raise UnsupportedModelError(f"{type(model).__name__}: the attention layers are numbered {sorted(layers)}")
-    return dict(sorted(found.items(), key=lambda item: _layer(item[1])))
+    missing = sorted(set(range(len(cache.layers))) - cache.writers.keys())
+    if missing:
+        raise UnsupportedModelError(
+            f"{kind}: layers {', '.join(map(str, missing))} of its cache keep no keys and values: a hybrid model, or one "
+            "with cross-attention"
+        )
+    return found, [cache.writers[layer] for layer in range(len(cache.layers))]
 
 
-def _layer(module: nn.Module) -> int:
-    return int(vars(module)["layer_idx"])
-
-
-def _shapes(model: PreTrainedModel, attention: dict[str, nn.Module]) -> tuple[tuple[LayerSpec, ...], torch.dtype]:
+def _shapes(
+    model: PreTrainedModel, writers: list[str], cache: DynamicCache
+) -> tuple[tuple[LayerSpec, ...], torch.dtype]:
     name = type(model).__name__
-    cache = probe(model)
     layers = [(layer.keys, layer.values) for layer in cache.layers]
-    if len(layers) != len(attention) or any(not isinstance(key, Tensor) for key, _ in layers):
-        raise UnsupportedModelError(
-            f"{name} has {len(attention)} attention layers with a cache, {len(layers)} wrote keys and values"
-        )
     specs = []
-    for (path, _), (key, value) in zip(attention.items(), layers):
+    for path, (key, value) in zip(writers, layers, strict=True):
         if key.shape != value.shape:
             raise UnsupportedModelError(
                 f"{name}: {path} has keys of {key.shape[1]} x {key.shape[3]}, values of {value.shape[1]} x "
@@ -309,23 +396,44 @@ def _shapes(model: PreTrainedModel, attention: dict[str, nn.Module]) -> tuple[tu
     return tuple(specs), layers[0][0].dtype
 
 
-def _dense_layers(
-    settings: object, attention: dict[str, nn.Module], layer_types: list[str]
-) -> Iterator[tuple[int, str]]:
-    """Layers whose visible keys stand in the mask alone."""
-    everywhere = not layer_types and bool(getattr(settings, "sliding_window", None))
-    for layer, module in enumerate(attention.values()):
-        kind = layer_types[layer] if layer < len(layer_types) else "full_attention"
+def _dense_modules(
+    model: PreTrainedModel, settings: object, attention: dict[str, nn.Module], layer_types: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Modules whose visible keys stand in the mask alone.
+
+    Raises:
+        UnsupportedModelError: or not even there.
+    """
+    everywhere = not layer_types and bool(setting(settings, "sliding_window"))
+    for path, module in attention.items():
+        layer = getattr(module, "layer_idx", None)
+        known = isinstance(layer, int) and layer < len(layer_types)
+        kind = layer_types[layer] if known else "full_attention"  # type: ignore[index]
         form = attention_form(type(module))
         if kind == "chunked_attention":
-            yield layer, "chunked attention is known from the mask alone"
+            yield path, "chunked attention is known from the mask alone"
         elif (kind == "sliding_attention" or everywhere) and form and "sliding_window" not in form.keywords:
-            yield layer, "its sliding window is known from the mask alone"
+            if not any(_masks_by_window(type(part)) for part in model.modules()):
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: its sliding window is neither in the mask nor in the attention: only "
+                    "transformers' own cache drops what is outside"
+                )
+            yield path, "its sliding window is known from the mask alone"
+
+
+@functools.cache
+def _masks_by_window(cls: type) -> bool:
+    """True for a model whose forward makes a mask with a sliding window."""
+    tree = match.function_tree(cls.forward) if issubclass(cls, PreTrainedModel) else None
+    return tree is not None and any(
+        isinstance(node, ast.Name) and (node.id == "create_masks_for_generate" or "sliding_window" in node.id)
+        for node in ast.walk(tree)
+    )
 
 
 def _rope_type(settings: object) -> str | None:
     """The kind of rotary scaling, None without rotary embedding; per-layer-type parameters must agree on "default"."""
-    rope = getattr(settings, "rope_parameters", None)
+    rope = setting(settings, "rope_parameters")
     if not isinstance(rope, dict):
         return None
     kinds = {
@@ -337,13 +445,13 @@ def _rope_type(settings: object) -> str | None:
 def _max_prompt(model: PreTrainedModel, settings: object) -> int | None:
     """The model's number of positions, if it is a limit: learned positions, or rotary ones without scaling."""
     limit = next(
-        (v for n in ("max_position_embeddings", "n_positions", "max_seq_len") if (v := getattr(settings, n, None))),
+        (v for n in ("max_position_embeddings", "n_positions", "max_seq_len") if (v := setting(settings, n))),
         None,
     )
     if not isinstance(limit, int):
         return None
     learned = any(isinstance(m, nn.Embedding) and m.num_embeddings in (limit, limit + 2) for m in model.modules())
-    uses_alibi = bool(getattr(settings, "alibi", False))
+    uses_alibi = bool(setting(settings, "alibi"))
     return (
         limit
         if learned or (_rope_type(settings) == "default" and not uses_alibi) or hasattr(settings, "max_seq_len")

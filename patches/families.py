@@ -1,12 +1,15 @@
-"""Attention modules outside of transformers' attention interface (Bloom, Falcon, MPT): a recipe each.
+"""Attention modules outside of transformers' attention interface, or not quite inside: a recipe each.
 
 A recipe is a forward for the instance: its projections and heads are the module's own, keys and values go to the paged
-cache, and `paged_attention` reads them there, with ALiBi slopes where the family has them. Without a paged step the
-stock forward runs. These models build their own masks and biases, which a paged step does not read.
+cache, and `paged_attention` reads them there, with ALiBi slopes where the family has them. Where the module computes
+attention in a method of its own, `_attn(query, key, value, mask)`, only that is replaced. Without a paged step the stock
+code runs. These models build their own masks and biases, which a paged step does not read.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from ..kv.cache import PagedLayer, active_layer
 from .attention import attend
+from .log import PatchLog
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
@@ -80,6 +84,66 @@ def _mpt(self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, position_
     return self.out_proj(out.flatten(2)), None
 
 
+def _bert(
+    self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, sinusoidal_pos: Tensor | None = None, **_: Any
+) -> Any:
+    shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+    query, key, value = (
+        project(hidden_states).view(shape).transpose(1, 2) for project in (self.query, self.key, self.value)
+    )
+    if sinusoidal_pos is not None and self.rotary_value:
+        query, key, value = self.apply_rotary_position_embeddings(sinusoidal_pos, query, key, value)
+    elif sinusoidal_pos is not None:
+        query, key = self.apply_rotary_position_embeddings(sinusoidal_pos, query, key)
+    kv, _ = cache.update(key, value, self.layer_idx)
+    return attend(kv, query, scaling=self.attention_head_size**-0.5).flatten(2), None
+
+
+def _bart(
+    self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, attn_prompt: Tensor | None = None, **_: Any
+) -> Any:
+    if attn_prompt is not None:
+        raise NotImplementedError("attn_prompt: keys that every query sees have no place in a paged cache")
+    shape = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+    query, key, value = (
+        project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    kv, _ = cache.update(key, value, self.layer_idx)
+    return self.out_proj(attend(kv, query, scaling=self.scaling).flatten(2)), None
+
+
+def _jetmoe(
+    self: Any,
+    kv: PagedLayer,
+    cache: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: Any,
+) -> Any:
+    query, router_logits, topology = self.experts.map(hidden_states)
+    key, value = self.kv_proj(hidden_states).chunk(2, dim=-1)
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (x.view(shape).transpose(1, 2) for x in (query, key, value))
+    rotate = type(self).forward.__globals__["apply_rotary_pos_emb"]
+    query, key = rotate(query, key, *position_embeddings)
+    kv, _ = cache.update(key, value, self.layer_idx)
+    # a key's queries, one of each expert, stand apart here: [experts, Hkv] -> [Hkv, experts] and back
+    query = query.unflatten(1, (self.top_k, -1)).transpose(1, 2).flatten(1, 2)
+    out = attend(kv, query, scaling=self.scaling).unflatten(2, (-1, self.top_k)).transpose(2, 3).flatten(3)
+    return self.experts.reduce(out, topology).view(*hidden_states.shape[:-1], -1), None, router_logits
+
+
+def _inner(self: Any, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Bound as `_attn`: [B, H, Q, D] -> ([B, H, Q, D], weights or None)."""
+    if not isinstance(key, PagedLayer):
+        return type(self)._attn(self, query, key, value, *args, **kwargs)
+    recipe = RECIPES[type(self).__name__]
+    assert recipe.scaling is not None
+    query = query.to(next(self.parameters()).dtype)  # some keep it in float32 behind the rotary embedding
+    out = attend(key, query, scaling=recipe.scaling(self), sliding_window=recipe.window(self))
+    return out.transpose(1, 2), None
+
+
 def _slopes(module: nn.Module, heads: str, make: Callable[[int, torch.device], Tensor]) -> Tensor:
     """The module's slopes on its device, made once."""
     device = next(module.parameters()).device
@@ -102,18 +166,21 @@ class Recipe:
     """How one attention class runs on pages.
 
     Attributes:
-        forward: called as (module, layer, cache, **arguments of the stock forward by name).
+        forward: called as (module, layer, cache, **arguments of the stock forward by name). None: the stock forward
+            runs, and only its `_attn` is replaced, with this `scaling` and `window`.
         cache_argument: name under which the stock forward is given the cache.
-        positional: names of the stock forward's leading arguments.
-        counts_columns: its position bias counts pads between tokens.
+        counts_columns: its position bias or window counts pads between tokens.
+        relative: positions enter as differences alone.
         dense_after: the length from which the stock forward has to run, given the module; None: never.
         refuses: why a module of the class cannot be patched, or "".
     """
 
-    forward: Callable[..., Any]
-    cache_argument: str
-    positional: tuple[str, ...]
+    forward: Callable[..., Any] | None
+    cache_argument: str = "past_key_values"
+    scaling: Callable[[Any], float] | None = None
+    window: Callable[[Any], int | None] = lambda module: None
     counts_columns: bool = False
+    relative: bool = False
     dense_after: Callable[[Any], int | None] = lambda module: None
     refuses: Callable[[Any], str] = lambda module: ""
 
@@ -123,25 +190,52 @@ RECIPES: dict[str, Recipe] = {
     "BloomAttention": Recipe(
         _bloom,
         "layer_past",
-        ("hidden_states", "residual", "alibi", "attention_mask", "layer_past"),
+        relative=True,
         refuses=lambda m: "pretraining_tp > 1 with slow_but_exact" if m.pretraining_tp > 1 and m.slow_but_exact else "",
     ),
     "FalconAttention": Recipe(
         _falcon,
         "layer_past",
-        ("hidden_states", "alibi", "attention_mask", "position_ids", "layer_past"),
         dense_after=_falcon_alibi_limit,
     ),
-    "MptAttention": Recipe(
-        _mpt, "past_key_values", ("hidden_states", "position_bias", "past_key_values"), counts_columns=True
+    "MptAttention": Recipe(_mpt, counts_columns=True, relative=True),
+    "JetMoeAttention": Recipe(_jetmoe),
+    "CodeGenAttention": Recipe(None, scaling=lambda m: 1 / float(m.scale_attn)),
+    "GPTJAttention": Recipe(None, scaling=lambda m: 1 / float(m.scale_attn)),
+    "GPTNeoXJapaneseAttention": Recipe(None, scaling=lambda m: 1 / float(m.norm_factor)),
+    "GPTNeoSelfAttention": Recipe(
+        None,
+        scaling=lambda m: 1.0,
+        window=lambda m: m.config.window_size if m.attention_type == "local" else None,
+        counts_columns=True,
     ),
+} | {
+    f"{family}SelfAttention": Recipe(_bert)
+    for family in ("BigBird", "BlipText", "Git", "MegatronBert", "RemBert", "RoFormer")
 }
+RECIPES |= {f"{family}Attention": Recipe(_bart) for family in ("Mvp", "TrOCR", "XGLM")}
+
+
+@functools.cache
+def _arguments(cls: Any) -> tuple[str, ...]:
+    """Names of the stock forward's arguments, `self` left out."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def bind(module: nn.Module, log: PatchLog) -> None:
+    """Let a module of a family run on pages."""
+    log.set_attribute(module, "_pagedkv_slopes", None)
+    if RECIPES[type(module).__name__].forward is None:
+        log.bind(module, "_attn", _inner)
+    else:
+        log.bind(module, "forward", forward)
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Bound to each attention module of a family: its recipe in a paged step, else its class's forward."""
     recipe = RECIPES[type(self).__name__]
-    named = dict(zip(recipe.positional, args))
+    assert recipe.forward is not None
+    named = dict(zip(_arguments(type(self)), args))
     cache = named.get(recipe.cache_argument, kwargs.get(recipe.cache_argument))
     kv = active_layer(cache, self.layer_idx)
     if kv is None:

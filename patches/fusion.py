@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import linear, match, mlp, norm, residual, rotary
+from . import checks, linear, match, mlp, norm, residual, rotary
 from .checks import UnsupportedModelError
 from .log import PatchLog
 
@@ -26,26 +24,12 @@ KINDS = {"fuse_norm": "norm", "fuse_mlp": "mlp", "fuse_rotary": "rotary", "fuse_
 _RECIPES = (norm, mlp, residual, linear, rotary)
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off for a while, each module's own mode restored behind it."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> Tensor:
     """Logits [2, 9, V] of fixed random tokens, without a cache: what must stay the same."""
-    embedding = model.get_input_embeddings()
-    vocab = embedding.weight.shape[0]
-    ids = torch.randint(0, vocab, (2, 9), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
-    with _evaluating(model):
+    vocabulary = checks.num_embeddings(model)
+    ids = torch.randint(0, vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(model.device)
+    with match.evaluating(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 

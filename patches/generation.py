@@ -47,6 +47,8 @@ _HARMLESS = {
     "labels",
     "input_ids",
 }
+#: arguments that make a decoder attend to an encoder, too: that has no place in a paged cache
+_CROSS = {"encoder_hidden_states", "encoder_outputs", "cross_attention_states"}
 
 
 @dataclass(eq=False)
@@ -197,7 +199,7 @@ def _wants_pages(model: PreTrainedModel, call: Call, generation_config: Any) -> 
     # a model's own generation_config may ask for a static cache by default (Gemma 2): that is no wish of the caller's
     asked = call.explicit.get("generation_config")
     name = call.explicit.get("cache_implementation", getattr(asked, "cache_implementation", None))
-    return name is None
+    return name is None and not call.explicit.keys() & _CROSS
 
 
 def _ids_decide(call: Call | None, model_kwargs: dict[str, Any]) -> bool:
@@ -312,6 +314,9 @@ def _plan(
     first = ids if ids is not None else embeds
     if first is None:
         raise ValueError("a forward pass needs input_ids or inputs_embeds")
+    crossed = sorted(name for name in _CROSS if inputs.get(name) is not None)
+    if crossed:
+        raise ValueError(f"{crossed[0]}: cross-attention cannot run on a PagedCache; leave past_key_values out")
     batch, queries = first.shape[:2]
     # an argument that is not of every language model (token types, pixels) may change the mask that the model makes
     foreign = {name for name, value in inputs.items() if value is not None} - _HARMLESS - {"inputs_embeds"}
@@ -381,7 +386,8 @@ def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
     mask = inputs.get("attention_mask")
     extra = {k for k, v in inputs.items() if v is not None} - _HARMLESS
     no_pads = mask is None or (mask.dim() == 2 and bool(mask.all()))
-    return no_pads and not extra and inputs.get("position_ids") is None and inputs.get("input_ids") is not None
+    counted = inputs.get("position_ids") is None and not cache.manager.rules.own_positions
+    return no_pads and not extra and counted and inputs.get("input_ids") is not None
 
 
 def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

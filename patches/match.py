@@ -8,6 +8,7 @@ settled by running both on random numbers. New models of a known form need no en
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
@@ -57,6 +58,19 @@ def has_hooks(module: nn.Module) -> bool:
 def wants_grad(*tensors: Tensor | None) -> bool:
     """True if autograd would record these: the ops have no backward, so the stock forward runs instead."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off for a while, each module's own mode restored behind it."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

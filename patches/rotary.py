@@ -65,7 +65,8 @@ class PendingRotary(NamedTuple):
 
 def rows_of(x: Tensor) -> Tensor:
     """[B, H, Q, D] -> [B * Q, H, D]; a view wherever the strides allow one (they do for a projection's output)."""
-    return x.transpose(1, 2).flatten(0, 1)
+    rows = x.transpose(1, 2).flatten(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 class RotaryBinding:

@@ -45,6 +45,10 @@ class PagedLayer(NamedTuple):
     v_scale: Tensor | None
     step: PagedStep
 
+    def to(self, *args: Any, **kwargs: Any) -> PagedLayer:
+        """Itself: layers that share keys and values say `.to(device)`, and a patched model is on one."""
+        return self
+
 
 def active_layer(cache: object, layer_idx: int) -> PagedLayer | None:
     """The layer's pages if `cache` runs a paged step for it now, else None: then the stock forward must run."""

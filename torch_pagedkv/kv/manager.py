@@ -36,6 +36,8 @@ class PagingRules:
         dense_after: sequences longer than this are attended densely; None: never.
         real_masks: the model builds and touches its mask even if nothing reads it.
         pads_shift_positions: a token's position counts the pads in front of it: such rows are not shared as prefixes.
+        own_positions: without `position_ids` the model counts otherwise than 0, 1, 2 ... (RoBERTa from its padding id):
+            what a forward pass without them computes is not shared.
     """
 
     dense_layers: frozenset[int] = frozenset()
@@ -43,6 +45,7 @@ class PagingRules:
     dense_after: int | None = None
     real_masks: bool = False
     pads_shift_positions: bool = False
+    own_positions: bool = False
 
 
 class CacheManager:
