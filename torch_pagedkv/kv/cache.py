@@ -357,6 +357,7 @@ class PagedCache(Cache):
             or not one_run
             or (gapped and rules.gaps_dense)
             or (rules.dense_after is not None and max(totals, default=0) > rules.dense_after)
+            or self._continues_pads(base + queries)
         )
         if queries == 1 and self._regular and all(n >= given for n, given in zip(begun, self._given)):
             self._fill_decode()  # the buffers that later steps count up
@@ -427,6 +428,12 @@ class PagedCache(Cache):
             count and begun and (start or not token)
             for start, count, begun, token in zip(starts, counts, self._tokens, last)
         )
+
+    def _continues_pads(self, columns: int) -> bool:
+        """Whether generate() goes on from a pad: right-padded prompts. Stock models sample from what the pad attends
+        to, and a paged step gives pads nothing."""
+        mask = self._mask
+        return self.trusted and mask is not None and mask.shape[1] == columns and not bool(mask[:, -1].all())
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
