@@ -423,6 +423,14 @@ NOT_IN_STOCK: dict[str, set[str]] = {
     "attentions of drafts": {"gemma2", "mistral", "gpt_oss"},
 }
 
+_WINDOWS = {"gemma2", "mistral", "gpt_oss"}
+if tuple(map(int, hf.__version__.split(".")[:2])) < (5, 23):  # what newer versions of transformers repaired
+    # chunks start at column 0 whatever is in the cache
+    NOT_IN_STOCK["second turn in chunks"] = set(FAMILIES)
+    # a sliding cache goes back past its window: shapes do not fit, or another prompt is attended to
+    NOT_IN_STOCK |= {name: _WINDOWS for name, case in OPTIONS.items() if "assistant_model" in case}
+    NOT_IN_STOCK["early exit"] = NOT_IN_STOCK["early exit, sampled"] = {*_WINDOWS, "gpt2", "bloom"}
+
 #: options under which the paged cache is not used: another one was asked for, or none
 UNPAGED = {
     "no cache",
