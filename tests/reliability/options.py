@@ -60,11 +60,11 @@ def resolve(options: dict[str, Any], setting: Setting) -> dict[str, Any]:
     return {name: value.by(setting) if isinstance(value, Made) else value for name, value in options.items()}
 
 
-def tokenizer(pairs: int = 32) -> hf.PreTrainedTokenizerFast:
-    """Pad, begin, 62 letters and digits, and the first `pairs` pairs of neighbours: 64 + `pairs` tokens."""
+def tokenizer(pairs: int = 32, first: int = 0) -> hf.PreTrainedTokenizerFast:
+    """Pad, begin, 62 letters and digits, and `pairs` pairs of neighbours: 64 + `pairs` tokens."""
     letters = string.ascii_letters + string.digits
     tokens = ["<pad>", "<s>", *letters]
-    merges = list(zip(letters, letters[1:]))[:pairs]
+    merges = list(zip(letters, letters[1:]))[first : first + pairs]
     tokens += [a + b for a, b in merges]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     core.decoder = decoders.Fuse()

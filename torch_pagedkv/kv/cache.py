@@ -19,7 +19,6 @@ prepared but not used) is undone by the next plan, and its blocks never enter th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -107,7 +106,7 @@ class PagedCache(Cache):
         self.cacheable = True  # finished blocks may be found by others
         self.step: PagedStep | None = None
         self._num_blocks_wide = max(_MIN_TABLE, -(-expected_tokens // manager.block_size))
-        self._seqs: list[SequenceBlocks] = []  # never rebound: the finalizer holds it
+        self._seqs: list[SequenceBlocks] = []  # never rebound: the manager knows it
         self._requests: list[tuple[SequenceBlocks, int]] = []  # one more token for each
         self._base = 0  # columns before the planned step
         self._queries = 0  # columns of the planned step
@@ -124,8 +123,7 @@ class PagedCache(Cache):
         self._commit_due = False
         self._decode: PagedStep | None = None
         self._ids: Tensor | None = None  # [B, columns] the token ids seen, on any device
-        self._finalizer = weakref.finalize(self, manager.drop, self._seqs, self.epoch)
-        self._finalizer.atexit = False
+        self._finalizer = manager.watch(self, self._seqs)
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 
@@ -239,6 +237,10 @@ class PagedCache(Cache):
         """
         manager = self.manager
         with manager.lock:
+            if self.epoch != manager.epoch and not self._seqs:  # empty: it takes the new pool
+                self._finalizer.detach()
+                self.epoch = manager.epoch
+                self._finalizer = manager.watch(self, self._seqs)
             if self.epoch != manager.epoch:
                 raise RuntimeError("the KV cache was reset or moved after this PagedCache was made: make a new one")
             if manager._dropped:
