@@ -8,6 +8,7 @@ only place that sees a prompt after it was repeated for beams and before anythin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -107,13 +108,13 @@ def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         driver.calls.append(call)
         try:
             result = _call_before(self, "generate", *args, **kwargs)
-        except BaseException:
-            _finish(call, None, failed=True)
-            manager.check()
-            raise
-        else:
             _finish(call, getattr(result, "past_key_values", None), failed=False)
             return result
+        except BaseException:
+            with contextlib.suppress(Exception):  # an interrupt may have torn the bookkeeping
+                _finish(call, None, failed=True)
+            manager.check()
+            raise
         finally:
             driver.calls.pop()
 
@@ -246,9 +247,9 @@ def _start_cache(
         _follow_weights(model, driver, manager)
     cache = PagedCache(manager, expected_tokens=min(max_cache_length + 1, columns + 4096))
     salt = _salt(model, driver.config.salt) if match else None
+    call.caches.append(cache)
     cache.start(ids if decided else None, mask, batch=batch, columns=columns, salt=salt, match=match, skip=skip)
     cache.trusted = True
-    call.caches.append(cache)
     model_kwargs["past_key_values"] = cache
 
 
@@ -259,13 +260,20 @@ def _follow_model(model: PreTrainedModel) -> None:
 
 
 def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManager) -> None:
-    """Forgets the prefixes of other weights: training, loading and merging change storages or their versions."""
-    parts = []
+    """Forgets the prefixes of another state of the model: trained, loaded, merged, hooked, rewired."""
+    parts: list[Any] = []
+    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                version = 0 if parameter.is_inference() else parameter._version
-                parts.append((parameter.data_ptr(), version))
+        state = vars(module)
+        parts += [id(type(module)), id(state.get("forward")), *module._forward_hooks, *module._forward_pre_hooks]
+        # switches and scales of adapters that nobody registered with us
+        parts += [value for value in state.values() if type(value) in _SCALARS]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                parts += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
+                samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor))
+    # `tensor.data` and inference mode change numbers without a new version
+    parts += [bytes(torch.cat(some).view(torch.uint8).tolist()) for some in samples.values()]
     fingerprint = hash(tuple(parts))
     if driver.weights != fingerprint:
         if driver.weights is not None:
@@ -273,10 +281,24 @@ def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManage
         driver.weights = fingerprint
 
 
+_SCALARS = (bool, int, float, str)
+_SAMPLES = 8
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Up to 8 elements of a tensor, spread over it; none if it is not dense in memory or more than a plain tensor."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    count = tensor.numel()
+    if not plain or not count or not (tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous())):
+        return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    taken = min(count, _SAMPLES)
+    return tensor.detach().as_strided((taken,), (max(1, (count - 1) // max(1, taken - 1)),))
+
+
 def _salt(model: PreTrainedModel, salt: Salt) -> Salt:
     """The user's salt and the adapters that are active (PEFT's layers know them)."""
     adapters = [
-        (name, repr(active), bool(getattr(module, "disable_adapters", False)), bool(getattr(module, "merged", False)))
+        (name, repr(active), *(repr(getattr(module, state, None)) for state in ("disable_adapters", "merged", "scaling")))
         for name, module in model.named_modules()
         if not isinstance(module, PreTrainedModel) and (active := getattr(module, "active_adapters", None)) is not None
     ]

@@ -239,6 +239,8 @@ def test_use_outside_of_a_patched_model() -> None:
         model.model(ids_of(1, 4), past_key_values=PagedCache(model))
     cache = PagedCache(model)
     model.paged_cache.reset()
+    model(ids_of(1, 4), past_key_values=cache)  # it was empty
+    model.paged_cache.reset()
     with pytest.raises(RuntimeError, match="was reset or moved"):
         model(ids_of(1, 4), past_key_values=cache)
 

@@ -64,6 +64,9 @@ _FACTORIES: dict[str, Callable[..., hf.PreTrainedModel]] = {
     ),
     "gemma3": _llama_like("Gemma3ForCausalLM", head_dim=32, sliding_window=12, num_hidden_layers=6),
     "mixtral": _llama_like("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "gpt_oss": _llama_like(
+        "GptOssForCausalLM", head_dim=32, sliding_window=12, num_local_experts=4, num_experts_per_tok=2
+    ),
     "gpt_neox": _llama_like("GPTNeoXForCausalLM", rotary_pct=0.25),
     "gpt2": _old("GPT2LMHeadModel", **_GPT2),
     "falcon_mqa": _old("FalconForCausalLM", **_FALCON, alibi=False, multi_query=True),

@@ -19,7 +19,6 @@ prepared but not used) is undone by the next plan, and its blocks never enter th
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any, NamedTuple
@@ -94,7 +93,7 @@ class PagedCache(Cache):
         #: cos and sin as the model gives them, and as the kernels want them, for the layers of one forward pass
         self.rotary_angles: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._num_blocks_wide = max(_MIN_TABLE, -(-expected_tokens // manager.block_size))  # of a decode step's table
-        self._seqs: list[SequenceBlocks] = []  # never rebound: the finalizer holds it
+        self._seqs: list[SequenceBlocks] = []  # never rebound: the manager knows it
         self._requests: list[tuple[SequenceBlocks, int]] = []  # one more token for each
         self._base = 0  # columns before the planned step
         self._queries = 0  # columns of the planned step
@@ -109,14 +108,13 @@ class PagedCache(Cache):
         self._regular = False  # every row's last column is a token: decoding needs no look at masks
         self._stale = True  # the decode step's tables are not those of the sequences
         self._commit_due = False
-        self._held: list[PagedStep] = []  # the decode step in use, if any; never rebound: the finalizer holds it
+        self._held: list[PagedStep] = []  # the decode step in use, if any; never rebound: the manager knows it
         self._view: DenseView | None = None  # of the planned step, if a layer needs it
         # [columns before the step, columns after it, gathered rows of a sequence]: of these only the shape is used. A
         # compiled graph leaves a tensor's sizes open, but takes each new value of an int for a reason to compile again.
         self._extent: Tensor | None = None
         self._ids: Tensor | None = None  # [B, columns] the token ids seen, on any device
-        self._finalizer = weakref.finalize(self, manager.drop, self._seqs, self._held, self.epoch)
-        self._finalizer.atexit = False
+        self._finalizer = manager.watch(self, self._seqs, self._held)
 
     # ---- planning ----------------------------------------------------------------------------------------------------
 
@@ -230,6 +228,10 @@ class PagedCache(Cache):
         """
         manager = self.manager
         with manager.lock:
+            if self.epoch != manager.epoch and not self._seqs:  # empty: it takes the new pool
+                self._finalizer.detach()
+                self.epoch = manager.epoch
+                self._finalizer = manager.watch(self, self._seqs)
             if self.epoch != manager.epoch:
                 raise RuntimeError("the KV cache was reset or moved after this PagedCache was made: make a new one")
             if manager._dropped:
@@ -371,6 +373,7 @@ class PagedCache(Cache):
             or not one_run
             or (gapped and rules.gaps_dense)
             or (rules.dense_after is not None and max(totals, default=0) > rules.dense_after)
+            or self._continues_pads(base + queries)
         )
         if queries == 1 and self._regular and all(n >= given for n, given in zip(begun, self._given)):
             self._fill_decode()  # the buffers that later steps count up
@@ -444,6 +447,12 @@ class PagedCache(Cache):
             count and begun and (start or not token)
             for start, count, begun, token in zip(starts, counts, self._tokens, last)
         )
+
+    def _continues_pads(self, columns: int) -> bool:
+        """Whether generate() goes on from a pad: right-padded prompts. Stock models sample from what the pad attends
+        to, and a paged step gives pads nothing."""
+        mask = self._mask
+        return self.trusted and mask is not None and mask.shape[1] == columns and not bool(mask[:, -1].all())
 
     # ---- tensors -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,13 @@ from ..config import PagedConfig
 from .blocks import BlockManager, OutOfBlocks, SequenceBlocks
 from .pool import KVPool, LayerSpec, bytes_per_block
 from .step import DecodeSteps, PagedStep
+
+
+class _Held:
+    """The sequences and the decode step of one cache, and the pool that they are of."""
+
+    def __init__(self, seqs: list[SequenceBlocks], steps: list[PagedStep], epoch: int) -> None:
+        self.seqs, self.steps, self.epoch = seqs, steps, epoch
 
 
 class CacheFullError(RuntimeError):
@@ -78,7 +86,8 @@ class CacheManager:
         self.decode_steps = DecodeSteps()
         # Filled by finalizers, which run at any point of any thread, the middle of an allocation included: what they
         # leave here is freed by the next call that holds the lock.
-        self._dropped: collections.deque[tuple[list[SequenceBlocks], list[PagedStep]]] = collections.deque()
+        self._dropped: collections.deque[_Held] = collections.deque()
+        self._held: weakref.WeakSet[_Held] = weakref.WeakSet()  # of caches alive
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheManager:
         """A copied model starts with an empty cache of its own."""
@@ -174,18 +183,24 @@ class CacheManager:
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
-    def drop(self, seqs: list[SequenceBlocks], steps: list[PagedStep], epoch: int) -> None:
-        """Frees sequences and takes their decode steps back later; safe from a finalizer."""
-        if epoch == self.epoch:
-            self._dropped.append((seqs, steps))
+    def watch(self, owner: object, seqs: list[SequenceBlocks], steps: list[PagedStep]) -> weakref.finalize:
+        """Frees a cache's sequences and takes its decode step back after the cache is gone. Both lists may change
+        meanwhile."""
+        held = _Held(seqs, steps, self.epoch)
+        self._held.add(held)
+        # a function without lines of Python, between which an interrupt would lose the blocks
+        finalizer = weakref.finalize(owner, self._dropped.append, held)
+        finalizer.atexit = False
+        return finalizer
 
     def drain(self) -> None:
         """Frees what finalizers left. The caller holds the lock."""
         while self._dropped:
-            seqs, steps = self._dropped.popleft()
-            self.free(seqs)
-            for step in steps:
-                self.decode_steps.give_back(step)
+            held = self._dropped.popleft()
+            if held.epoch == self.epoch:
+                self.free(held.seqs)
+                for step in held.steps:
+                    self.decode_steps.give_back(step)
 
     def free(self, seqs: Sequence[SequenceBlocks]) -> None:
         """Frees sequences of the present pool. The caller holds the lock."""
@@ -201,15 +216,20 @@ class CacheManager:
         Raises:
             CacheFullError: too few blocks, and the pool may not grow. PoolMemoryError: it cannot.
         """
-        while True:
-            try:
-                pairs = self.blocks.append_many(requests)
-            except OutOfBlocks as error:
-                self._grow(error)
-            else:
-                break
-        if pairs:
-            self.pool.copy_blocks(pairs)
+        try:
+            while True:
+                try:
+                    pairs = self.blocks.append_many(requests)
+                except OutOfBlocks as error:
+                    self._grow(error)
+                else:
+                    break
+            if pairs:
+                self.pool.copy_blocks(pairs)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # interrupted: a table may list a block that was not copied
+                self.discard()
+            raise
         return bool(pairs)
 
     def _grow(self, error: OutOfBlocks) -> None:
@@ -246,13 +266,21 @@ class CacheManager:
             )
 
     def check(self) -> None:
-        """Verifies the allocator's invariants; if an interrupt tore them, starts over with an empty cache."""
+        """Verifies the allocator's invariants, which an interrupt may have torn: sequences that no cache holds are
+        freed, and if the caches alive are torn themselves, it starts over with an empty cache."""
         with self.lock:
-            if self._blocks is not None:
-                try:
-                    self._blocks.check()
-                except AssertionError:
-                    self.discard()
+            blocks = self._blocks
+            if blocks is None:
+                return
+            try:
+                self.drain()
+                held = [one.seqs for one in self._held if one.epoch == self.epoch]
+                alive = [seq for seqs in held for seq in seqs if not seq.is_freed]
+                if blocks.stats().sequences != len(alive):
+                    blocks.recover(alive)
+                blocks.check()
+            except (AssertionError, ValueError, KeyError):
+                self.discard()
 
     # ---- what users read ---------------------------------------------------------------------------------------------
 
