@@ -2,13 +2,12 @@
 
 A recipe is a forward for the instance: its projections and heads are the module's own, keys and values go to the paged
 cache, and `paged_attention` reads them there, with ALiBi slopes where the family has them. Where the module computes
-attention in a method of its own, `_attn(query, key, value, mask)`, only that is replaced. Without a paged step the stock
-code runs. These models build their own masks and biases, which a paged step does not read.
+attention in a method of its own, `_attn(query, key, value, mask)`, only that is replaced. Without a paged step the
+stock code runs. These models build their own masks and biases, which a paged step does not read.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from .attention import attend
 from .log import PatchLog
 
 
-def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
+def alibi_slopes(num_heads: int) -> Tensor:
     """float32 [num_heads]: 2^(-8 i / n) for the largest power of two n <= num_heads, then every second of 2 n's.
 
     Source: Press et al., arXiv:2108.12409; the order is Bloom's and Falcon's.
@@ -31,22 +30,22 @@ def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
     slopes += [2 ** (-4 * i / power) for i in range(1, 2 * (num_heads - power) + 1, 2)]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return torch.tensor(slopes, dtype=torch.float32)
 
 
-def mpt_slopes(num_heads: int, bias_max: float, device: torch.device) -> Tensor:
+def mpt_slopes(num_heads: int, bias_max: float) -> Tensor:
     """float32 [num_heads]: 2^(-bias_max i / n) for the smallest power of two n >= num_heads, odd ones first."""
     power = 2 ** math.ceil(math.log2(num_heads))
     slopes = [2 ** (-bias_max * i / power) for i in range(1, power + 1)]
     if power != num_heads:
         slopes = (slopes[1::2] + slopes[::2])[:num_heads]
-    return torch.tensor(slopes, dtype=torch.float32, device=device)
+    return torch.tensor(slopes, dtype=torch.float32)
 
 
 def _bloom(self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, residual: Tensor, **_: Any) -> Any:
     query, key, value = self._reshape(self.query_key_value(hidden_states))
     kv, _ = cache.update(key, value, self.layer_idx)
-    out = attend(kv, query, scaling=self.inv_norm_factor, alibi_slopes=_slopes(self, "num_heads", alibi_slopes))
+    out = attend(kv, query, scaling=self.inv_norm_factor, alibi_slopes=_slopes(self))
     return self.dense(out.flatten(2)) + residual, None
 
 
@@ -60,15 +59,12 @@ def _falcon(
     **_: Any,
 ) -> Any:
     query, key, value = (x.transpose(1, 2) for x in self._split_heads(self.query_key_value(hidden_states)))
-    slopes = None
     if alibi is None:
         assert position_embeddings is not None
         rotate = type(self).forward.__globals__["apply_rotary_pos_emb"]
         query, key = rotate(query, key, *position_embeddings)
-    else:  # Falcon adds the bias before it scales
-        slopes = _slopes(self, "num_heads", lambda n, device: alibi_slopes(n, device) * self.inv_norm_factor)
     kv, _ = cache.update(key, value, self.layer_idx)
-    out = attend(kv, query, scaling=self.inv_norm_factor, alibi_slopes=slopes)
+    out = attend(kv, query, scaling=self.inv_norm_factor, alibi_slopes=None if alibi is None else _slopes(self))
     return self.dense(out.flatten(2)), None
 
 
@@ -78,9 +74,7 @@ def _mpt(self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, position_
         qkv = qkv.clamp(min=-self.clip_qkv, max=self.clip_qkv)
     query, key, value = (x.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=2))
     kv, _ = cache.update(key, value, self.layer_idx)
-    # the model builds its bias with this default, whatever its config says
-    slopes = _slopes(self, "n_heads", lambda n, device: mpt_slopes(n, 8, device))
-    out = attend(kv, query, scaling=self.softmax_scale, alibi_slopes=slopes)
+    out = attend(kv, query, scaling=self.softmax_scale, alibi_slopes=_slopes(self))
     return self.out_proj(out.flatten(2)), None
 
 
@@ -137,20 +131,30 @@ def _inner(self: Any, query: Tensor, key: Any, value: Any, *args: Any, **kwargs:
     """Bound as `_attn`: [B, H, Q, D] -> ([B, H, Q, D], weights or None)."""
     if not isinstance(key, PagedLayer):
         return type(self)._attn(self, query, key, value, *args, **kwargs)
-    recipe = RECIPES[type(self).__name__]
-    assert recipe.scaling is not None
+    bound: Bound = self._pagedkv_family
     query = query.to(next(self.parameters()).dtype)  # some keep it in float32 behind the rotary embedding
-    out = attend(key, query, scaling=recipe.scaling(self), sliding_window=recipe.window(self))
+    out = attend(key, query, scaling=bound.scaling, sliding_window=bound.window)
     return out.transpose(1, 2), None
 
 
-def _slopes(module: nn.Module, heads: str, make: Callable[[int, torch.device], Tensor]) -> Tensor:
-    """The module's slopes on its device, made once."""
+@dataclass
+class Bound:
+    """What a recipe found out about one module, once: a compiled forward pass shall find numbers."""
+
+    arguments: tuple[str, ...]  # names of the stock forward's arguments, `self` left out
+    scaling: float | None
+    window: int | None
+    slopes: Tensor | None
+
+
+def _slopes(module: Any) -> Tensor:
+    """The module's slopes on its device."""
+    bound: Bound = module._pagedkv_family
     device = next(module.parameters()).device
-    slopes = vars(module).get("_pagedkv_slopes")
-    if slopes is None or slopes.device != device:
-        slopes = vars(module)["_pagedkv_slopes"] = make(getattr(module, heads), device)
-    return slopes
+    assert bound.slopes is not None
+    if bound.slopes.device != device:
+        bound.slopes = bound.slopes.to(device)
+    return bound.slopes
 
 
 def _falcon_alibi_limit(module: Any) -> int | None:
@@ -170,6 +174,7 @@ class Recipe:
             runs, and only its `_attn` is replaced, with this `scaling` and `window`.
         cache_argument: name under which the stock forward is given the cache.
         counts_columns: its position bias or window counts pads between tokens.
+        slopes: ALiBi's, float32 [heads], given the module.
         relative: positions enter as differences alone.
         dense_after: the length from which the stock forward has to run, given the module; None: never.
         refuses: why a module of the class cannot be patched, or "".
@@ -179,6 +184,7 @@ class Recipe:
     cache_argument: str = "past_key_values"
     scaling: Callable[[Any], float] | None = None
     window: Callable[[Any], int | None] = lambda module: None
+    slopes: Callable[[Any], Tensor | None] = lambda module: None
     counts_columns: bool = False
     relative: bool = False
     dense_after: Callable[[Any], int | None] = lambda module: None
@@ -190,15 +196,19 @@ RECIPES: dict[str, Recipe] = {
     "BloomAttention": Recipe(
         _bloom,
         "layer_past",
+        slopes=lambda m: alibi_slopes(m.num_heads),
         relative=True,
         refuses=lambda m: "pretraining_tp > 1 with slow_but_exact" if m.pretraining_tp > 1 and m.slow_but_exact else "",
     ),
     "FalconAttention": Recipe(
         _falcon,
         "layer_past",
+        # Falcon adds the bias before it scales
+        slopes=lambda m: alibi_slopes(m.num_heads) * m.inv_norm_factor,
         dense_after=_falcon_alibi_limit,
     ),
-    "MptAttention": Recipe(_mpt, counts_columns=True, relative=True),
+    # the model builds its bias with this default, whatever its config says
+    "MptAttention": Recipe(_mpt, slopes=lambda m: mpt_slopes(m.n_heads, 8), counts_columns=True, relative=True),
     "JetMoeAttention": Recipe(_jetmoe),
     "CodeGenAttention": Recipe(None, scaling=lambda m: 1 / float(m.scale_attn)),
     "GPTJAttention": Recipe(None, scaling=lambda m: 1 / float(m.scale_attn)),
@@ -216,16 +226,19 @@ RECIPES: dict[str, Recipe] = {
 RECIPES |= {f"{family}Attention": Recipe(_bart) for family in ("Mvp", "TrOCR", "XGLM")}
 
 
-@functools.cache
-def _arguments(cls: Any) -> tuple[str, ...]:
-    """Names of the stock forward's arguments, `self` left out."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
 def bind(module: nn.Module, log: PatchLog) -> None:
     """Let a module of a family run on pages."""
-    log.set_attribute(module, "_pagedkv_slopes", None)
-    if RECIPES[type(module).__name__].forward is None:
+    recipe = RECIPES[type(module).__name__]
+    arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    slopes = recipe.slopes(module)
+    bound = Bound(
+        arguments=arguments,
+        scaling=None if recipe.scaling is None else recipe.scaling(module),
+        window=recipe.window(module),
+        slopes=None if slopes is None else slopes.to(next(module.parameters()).device),
+    )
+    log.set_attribute(module, "_pagedkv_family", bound)
+    if recipe.forward is None:
         log.bind(module, "_attn", _inner)
     else:
         log.bind(module, "forward", forward)
@@ -235,7 +248,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Bound to each attention module of a family: its recipe in a paged step, else its class's forward."""
     recipe = RECIPES[type(self).__name__]
     assert recipe.forward is not None
-    named = dict(zip(_arguments(type(self)), args))
+    named = dict(zip(self._pagedkv_family.arguments, args))
     cache = named.get(recipe.cache_argument, kwargs.get(recipe.cache_argument))
     kv = active_layer(cache, self.layer_idx)
     if kv is None:
