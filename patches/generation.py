@@ -11,7 +11,8 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,16 @@ class Driver:
     has_prefixes: bool
     dtypes: tuple[torch.dtype, torch.dtype]  # of the parameters and of keys and values, when it was patched
     before: dict[str, Any]  # name -> what the instance had under it, or None: its class's
-    calls: list[Call] = field(default_factory=list)
     weights: int | None = None  # fingerprint of the parameters behind the cached prefixes
+    _local: threading.local = field(default_factory=threading.local)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The running `generate()` calls of this thread, the innermost last."""
+        return vars(self._local).setdefault("calls", [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Driver, (self.config, self.max_prompt, self.has_prefixes, self.dtypes, self.before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
         before = copy.deepcopy(self.before, memo)
@@ -93,10 +102,49 @@ def _call_before(model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
+_turns = threading.local()
+
+
+@contextlib.contextmanager
+def _turn(manager: CacheManager) -> Iterator[None]:
+    """One generate() of a model at a time."""
+    held: list[CacheManager] = vars(_turns).setdefault("held", [])
+    before = len(held)
+    if before:
+        _swap(held, manager)
+    with manager.lock:
+        if before:
+            manager.lock.release()
+        try:
+            held.append(manager)
+            yield
+        finally:
+            del held[before:]
+
+
+def _swap(held: list[CacheManager], manager: CacheManager) -> None:
+    """Takes one lock more. A thread that would wait for it lets go of those it has: somebody who has this one may wait
+    for them. Between its forward passes, others may use their caches."""
+    if manager.lock.acquire(blocking=False):
+        return
+    taken: list[CacheManager] = []
+    for one in held:
+        one.lock.release()
+    try:
+        for one in sorted((*held, manager), key=id):
+            one.lock.acquire()
+            taken.append(one)
+    except BaseException:  # interrupted while it waits
+        for one in taken:
+            one.lock.release()
+        for one in sorted(held, key=id):
+            one.lock.acquire()
+        raise
+
 
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     driver, manager = driver_of(self), manager_of(self)
-    with manager.lock:
+    with _turn(manager):
         call = Call(_explicit(self, args, kwargs))
         driver.calls.append(call)
         try:
@@ -241,7 +289,8 @@ def _follow_model(model: PreTrainedModel) -> None:
 
 def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManager) -> None:
     """Forgets the prefixes of another state of the model: trained, loaded, merged, hooked, rewired."""
-    parts: list[Any] = []
+    config = vars(model.config.get_text_config(decoder=True))  # the number of layers to run, for example
+    parts: list[Any] = [(name, value) for name, value in config.items() if type(value) in _SCALARS]
     samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for module in model.modules():
         state = vars(module)
@@ -342,14 +391,15 @@ def _forward_planned(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[
         return _call_before(self, "forward", *args, **kwargs)
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
-    if not (cache.pending and first is not None and cache.fits(*first.shape[:2])):
-        _follow_model(self)
-        cache.trusted = False
-        if not _direct_ids_decide(cache, inputs):
-            cache.stop_sharing()
-        _plan(self, cache, inputs, whole_ids=None, trusted=False)
-    result = _call_before(self, "forward", *args, **kwargs)
-    cache.pending = False
+    with manager_of(self).lock:  # another thread's plan may grow the pool, which moves it under a forward pass
+        if not (cache.pending and first is not None and cache.fits(*first.shape[:2])):
+            _follow_model(self)
+            cache.trusted = False
+            if not _direct_ids_decide(cache, inputs):
+                cache.stop_sharing()
+            _plan(self, cache, inputs, whole_ids=None, trusted=False)
+        result = _call_before(self, "forward", *args, **kwargs)
+        cache.pending = False
     return result
 
 
