@@ -13,7 +13,8 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,16 @@ class Driver:
     has_prefixes: bool
     dtypes: tuple[torch.dtype, torch.dtype]  # of the parameters and of keys and values, when it was patched
     before: dict[str, Any]  # name -> what the instance had under it, or None: its class's
-    calls: list[Call] = field(default_factory=list)
     weights: int | None = None  # fingerprint of the parameters behind the cached prefixes
+    _local: threading.local = field(default_factory=threading.local)
+
+    @property
+    def calls(self) -> list[Call]:
+        """The running `generate()` calls of this thread, the innermost last."""
+        return vars(self._local).setdefault("calls", [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Driver, (self.config, self.max_prompt, self.has_prefixes, self.dtypes, self.before)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
         before = copy.deepcopy(self.before, memo)
@@ -100,10 +109,49 @@ def _call_before(model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
+_turns = threading.local()
+
+
+@contextlib.contextmanager
+def _turn(manager: CacheManager) -> Iterator[None]:
+    """One generate() of a model at a time."""
+    held: list[CacheManager] = vars(_turns).setdefault("held", [])
+    before = len(held)
+    if before:
+        _swap(held, manager)
+    with manager.lock:
+        if before:
+            manager.lock.release()
+        try:
+            held.append(manager)
+            yield
+        finally:
+            del held[before:]
+
+
+def _swap(held: list[CacheManager], manager: CacheManager) -> None:
+    """Takes one lock more. A thread that would wait for it lets go of those it has: somebody who has this one may wait
+    for them. Between its forward passes, others may use their caches."""
+    if manager.lock.acquire(blocking=False):
+        return
+    taken: list[CacheManager] = []
+    for one in held:
+        one.lock.release()
+    try:
+        for one in sorted((*held, manager), key=id):
+            one.lock.acquire()
+            taken.append(one)
+    except BaseException:  # interrupted while it waits
+        for one in taken:
+            one.lock.release()
+        for one in sorted(held, key=id):
+            one.lock.acquire()
+        raise
+
 
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     driver, manager = driver_of(self), manager_of(self)
-    with manager.lock:
+    with _turn(manager):
         call = Call(_explicit(self, args, kwargs))
         driver.calls.append(call)
         try:
@@ -261,7 +309,8 @@ def _follow_model(model: PreTrainedModel) -> None:
 
 def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManager) -> None:
     """Forgets the prefixes of another state of the model: trained, loaded, merged, hooked, rewired."""
-    parts: list[Any] = []
+    config = vars(model.config.get_text_config(decoder=True))  # the number of layers to run, for example
+    parts: list[Any] = [(name, value) for name, value in config.items() if type(value) in _SCALARS]
     samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for module in model.modules():
         state = vars(module)
@@ -298,7 +347,11 @@ def _sample(tensor: Tensor) -> Tensor:
 def _salt(model: PreTrainedModel, salt: Salt) -> Salt:
     """The user's salt and the adapters that are active (PEFT's layers know them)."""
     adapters = [
-        (name, repr(active), *(repr(getattr(module, state, None)) for state in ("disable_adapters", "merged", "scaling")))
+        (
+            name,
+            repr(active),
+            *(repr(getattr(module, state, None)) for state in ("disable_adapters", "merged", "scaling")),
+        )
         for name, module in model.named_modules()
         if not isinstance(module, PreTrainedModel) and (active := getattr(module, "active_adapters", None)) is not None
     ]
@@ -374,20 +427,21 @@ def _warn_recorded() -> None:
 
 
 @torch.compiler.disable
-def _planned(
-    self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[PagedCache | None, Callable[..., Any]]:
-    """The paged cache that a forward pass runs on, with the pass planned, or None if it runs on none; and the function
-    that carries it out."""
-    inputs = kwargs
-    region = vars(self)["_pagedkv_region"]
-    if args:
-        inputs = inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
-        inputs = {k: v for k, v in inputs.items() if k not in ("self", "kwargs")} | inputs.get("kwargs", {})
-    cache = inputs.get("past_key_values")
-    if not isinstance(cache, PagedCache):
+def _arguments(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a forward pass by name."""
+    if not args:
+        return kwargs
+    named = inspect.signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
+    return {k: v for k, v in named.items() if k not in ("self", "kwargs")} | named.get("kwargs", {})
+
+
+@torch.compiler.disable
+def _plan_forward(self: PreTrainedModel, cache: PagedCache | None, inputs: dict[str, Any]) -> Callable[..., Any]:
+    """Plans a forward pass on a paged cache, unless it is planned already, and gives the function that runs it."""
+    region: compiled.Region = vars(self)["_pagedkv_region"]
+    if cache is None:
         compiled.note_lengths(None, inputs)
-        return None, region.function("no paged cache")
+        return region.function("no paged cache")
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
     planned = cache.pending and first is not None and cache.fits(*first.shape[:2])
@@ -399,7 +453,7 @@ def _planned(
         _plan(self, cache, inputs, whole_ids=None, trusted=False)
     compiled.note_lengths(cache, inputs)
     assert first is not None
-    return cache, region.function("dense" if cache.dense else "decode" if first.shape[1] == 1 else "prefill")
+    return region.function("dense" if cache.dense else "decode" if first.shape[1] == 1 else "prefill")
 
 
 def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
@@ -415,9 +469,13 @@ def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
 def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():  # in a graph that begins further out: prepare_inputs_for_generation planned it
         return _run(self, args, kwargs)
-    cache, run = _planned(self, args, kwargs)
-    result = run(self, args, kwargs)
-    if cache is not None:
+    # No function but disabled ones is called here: torch.compile would take it for a region of its own.
+    inputs = _arguments(self, args, kwargs)
+    cache = inputs.get("past_key_values")
+    if not isinstance(cache, PagedCache):
+        return _plan_forward(self, None, inputs)(self, args, kwargs)
+    with cache.manager.lock:  # another thread's plan may grow the pool, which moves it under a forward pass
+        result = _plan_forward(self, cache, inputs)(self, args, kwargs)
         cache.pending = False
     return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,22 @@ def assert_nothing_leaks(model: Any, *, live: bool = False) -> None:
     assert stats["used"] + stats["cached"] + stats["free"] == stats["num_blocks"]
     if stats["num_blocks"]:
         manager.blocks.check()
+    assert lock_is_free(manager), "some generate() did not give the lock back"
+
+
+def lock_is_free(manager: Any) -> bool:
+    """Whether another thread could generate now."""
+    free: list[bool] = []
+
+    def probe() -> None:
+        if manager.lock.acquire(blocking=False):
+            manager.lock.release()
+            free.append(True)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    thread.join()
+    return bool(free)
 
 
 @dataclass

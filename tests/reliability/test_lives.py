@@ -346,8 +346,24 @@ def _buffer(model: Any) -> None:
     model.model.rotary_emb.inv_freq.mul_(0.5)
 
 
+def _config(model: Any) -> None:
+    model.config.num_hidden_layers = 1
+
+
+def _hook(model: Any) -> None:
+    """Steering: a direction added to what the first layer says."""
+    direction = torch.linspace(-1, 1, 64)
+    model.model.layers[0].register_forward_hook(lambda module, args, output: output + direction)
+
+
+def _forward_replaced(model: Any) -> None:
+    linear = model.model.layers[0].self_attn.v_proj
+    linear.forward = lambda x: 1.5 * nn.functional.linear(x, linear.weight)
+
+
 CHANGES = [
-    _step, _adam, _in_place, _data, _data_replaced, _inference, _loaded, _new_module, _embeddings, _assigned, _buffer
+    _step, _adam, _in_place, _data, _data_replaced, _inference, _loaded, _new_module, _embeddings, _assigned, _buffer,
+    _config, _hook, _forward_replaced
 ]  # fmt: skip
 
 
@@ -408,6 +424,9 @@ def test_hand_made_adapter() -> None:
     trained = answer(stock)
     assert not torch.equal(trained, want)
     assert torch.equal(answer(model), trained)
+    for adapter in adapters:  # a switch that nothing but the adapter knows of
+        adapter.on = False
+    assert torch.equal(answer(model), plain)
     for one in (stock, model):
         for layer in one.model.layers:
             layer.self_attn.v_proj, layer.mlp.down_proj = layer.self_attn.v_proj.base, layer.mlp.down_proj.base

@@ -231,7 +231,8 @@ class PagedCache(Cache):
             if self.epoch != manager.epoch and not self._seqs:  # empty: it takes the new pool
                 self._finalizer.detach()
                 self.epoch = manager.epoch
-                self._finalizer = manager.watch(self, self._seqs)
+                self._held.clear()  # of the old device, maybe
+                self._finalizer = manager.watch(self, self._seqs, self._held)
             if self.epoch != manager.epoch:
                 raise RuntimeError("the KV cache was reset or moved after this PagedCache was made: make a new one")
             if manager._dropped:
