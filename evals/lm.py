@@ -7,8 +7,8 @@ or, from Python, one import::
     import torch_pagedkv.evals.lm
     lm_eval.simple_evaluate(model="pagedkv", model_args={"pretrained": ..., "kv_cache_dtype": "int8"}, ...)
 
-The package also declares the entry point ``lm_eval.models``; an lm-eval that reads it needs neither. Model arguments are
-those of ``hf`` and the fields of `PagedConfig`.
+The package also declares the entry point ``lm_eval.models``; an lm-eval that reads it needs neither. Model arguments
+are those of ``hf`` and the fields of `PagedConfig`.
 
 A log-likelihood of plain ``hf`` is a forward pass without a cache, on which a quantised cache has no influence. Here it
 runs in the blocks of a `PagedCache`, so that what is measured is what generates. Requests with the same context compute
