@@ -217,8 +217,10 @@ class Tasks:
                 found.append(Unit(name, self._text_source()))
             elif name in self.own.all_tasks:
                 found.append(Unit(name, "package" if name.startswith("offline_") else "task file", most))
-            elif name in OFFLINE and not self.hub:
-                found += [Unit(own, "package", most) for own in OFFLINE[name]]
+            elif name in OFFLINE:
+                found += (
+                    [Unit(name, "hub", most)] if self.hub else [Unit(own, "package", most) for own in OFFLINE[name]]
+                )
             elif name in self.every.all_tasks:
                 found.append(Unit(name, "hub", most))
             else:
