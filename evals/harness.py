@@ -329,9 +329,9 @@ class Memory:
         manager = getattr(self.model, "paged_cache", None)
         if manager is not None:
             manager.reset()  # with a peak of its own
-        gc.collect()
         cuda = self.model.device.type == "cuda"
         if cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.model.device)
         else:
@@ -532,7 +532,7 @@ def standard_error(metric: dict[str, Any], values: Sequence[Any] | None) -> floa
     """Of a metric over independent samples; None where it cannot be told from them."""
     if values is None or len(values) < 2 or metric["aggregation"] not in AGGREGATIONS:
         return None
-    zero = [[0.0, value[1]] if isinstance(value, list) else 0.0 for value in values]
+    zero: list[paired.Value] = [[0.0, value[1]] if isinstance(value, list) else 0.0 for value in values]
     error = paired.compare(values, zero).stderr
     if AGGREGATIONS[metric["aggregation"]]:
         return error * metric["value"]

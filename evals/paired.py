@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: a value of a sample: a number, or a log-likelihood and the number of words, bytes or tokens it is of
-Value = float | tuple[float, float]
+Value = float | Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def compare(variant: Sequence[Value], baseline: Sequence[Value]) -> Comparison:
     if len(variant) != len(baseline) or not variant:
         raise ValueError(f"got {len(variant)} and {len(baseline)} samples, needs the same number, one at least")
     weights = [1.0] * len(variant)
-    if isinstance(variant[0], (tuple, list)):
-        weights = [float(weight) for _, weight in variant]  # type: ignore[misc]
-        if weights != [float(weight) for _, weight in baseline]:  # type: ignore[misc]
+    if isinstance(variant[0], Sequence):
+        weights, others = ([_part(value, 1) for value in values] for values in (variant, baseline))
+        if weights != others:
             raise ValueError("the samples of the two runs have different weights: they are not the same samples")
-    a, b = ([_number(value) for value in values] for values in (variant, baseline))
+    a, b = ([_part(value, 0) for value in values] for values in (variant, baseline))
     differences = [x - y for x, y in zip(a, b)]
     count, total = len(differences), math.fsum(weights)
     mean = math.fsum(differences) / total
@@ -92,5 +92,5 @@ def t_test(differences: Sequence[float]) -> float:
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
-def _number(value: Value) -> float:
-    return float(value[0]) if isinstance(value, (tuple, list)) else float(value)
+def _part(value: Value, index: int) -> float:
+    return float(value[index]) if isinstance(value, Sequence) else float(value)
