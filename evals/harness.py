@@ -30,6 +30,7 @@ import math
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,7 +89,10 @@ SEED = 1234
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured: a name, a key of `models.DTYPES`, options for `patch` or None for the stock model."""
+    """What is measured: a name, a key of `models.DTYPES`, options or None for the stock model.
+
+    The options are `patch`'s, and ``share_contexts`` of `evals.lm.PagedLM`.
+    """
 
     name: str
     dtype: str
@@ -118,10 +122,16 @@ def variant(name: str, dtype: str) -> Variant:
     if options is not None:
         options = {**options, **dict(option(name, text) for text in settings)}
         try:
-            PagedConfig.merge(None, options)
+            PagedConfig.merge(None, split(options)[0])
         except (TypeError, ValueError) as error:
             raise models.UserError(f"variant {name!r}: {error}") from error
     return Variant(name, dtype, options)
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for `patch`, and those for lm-eval's model."""
+    theirs = {name: value for name, value in options.items() if name == "share_contexts"}
+    return {name: value for name, value in options.items() if name not in theirs}, theirs
 
 
 def option(name: str, text: str) -> tuple[str, Any]:
@@ -274,13 +284,26 @@ def hub_answers() -> bool:
 
 
 class Meter:
-    """Mixed into an lm-eval model: the time its model takes, the tokens, the windows of rolling requests."""
+    """Mixed into an lm-eval model: the time its model takes, the tokens, the windows of rolling requests.
+
+    Time is the clock's and this process's share of the processors, which others at work on the machine do not change
+    as much.
+    """
 
     def start(self) -> None:
         """Forget what was measured."""
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.scored = self.generated = 0
         self.windows: list[tuple[float, int]] = []
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the time inside a with statement."""
+        device = self.device  # type: ignore[attr-defined]
+        began, cpu = demo.synchronised_time(device), time.process_time()
+        yield
+        self.seconds += demo.synchronised_time(device) - began
+        self.cpu_seconds += time.process_time() - cpu
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """As the model does it; bars on terminals only."""
@@ -298,9 +321,8 @@ class Meter:
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         if not sys.stderr.isatty():
             kwargs["disable_tqdm"] = True
-        began = demo.synchronised_time(self.device)  # type: ignore[attr-defined]
-        answers = super()._loglikelihood_tokens(requests, *args, **kwargs)  # type: ignore[misc]
-        self.seconds += demo.synchronised_time(self.device) - began  # type: ignore[attr-defined]
+        with self.timed():
+            answers = super()._loglikelihood_tokens(requests, *args, **kwargs)  # type: ignore[misc]
         self.scored += sum(len(context) + len(continuation) - 1 for _, context, continuation in requests)
         for (key, _, continuation), (value, _) in zip(requests, answers):
             if key is None:
@@ -308,9 +330,8 @@ class Meter:
         return answers
 
     def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
-        began = demo.synchronised_time(self.device)  # type: ignore[attr-defined]
-        out = super()._model_generate(context, *args, **kwargs)  # type: ignore[misc]
-        self.seconds += demo.synchronised_time(self.device) - began  # type: ignore[attr-defined]
+        with self.timed():
+            out = super()._model_generate(context, *args, **kwargs)  # type: ignore[misc]
         new = out[:, context.shape[1] :]
         self.generated += int((new != self.tokenizer.pad_token_id).sum())  # type: ignore[attr-defined]
         return out
@@ -381,7 +402,7 @@ def peak_bytes() -> int | None:
     return int(line.split()[1]) << 10 if line else None
 
 
-def make_lm(model: Any, tokenizer: Any, patched: bool, args: argparse.Namespace) -> Any:
+def make_lm(model: Any, tokenizer: Any, wanted: Variant, args: argparse.Namespace) -> Any:
     """The model as lm-eval takes it: its own class for the stock model, ours for a patched one."""
     from lm_eval.models.huggingface import HFLM
 
@@ -393,11 +414,13 @@ def make_lm(model: Any, tokenizer: Any, patched: bool, args: argparse.Namespace)
     class Paged(Meter, lm.PagedLM):
         pass
 
-    size = args.batch_size
+    size, patched = args.batch_size, wanted.options is not None
     if size == "auto" and not patched and model.device.type == "cpu":
         size = lm.CPU_ROWS  # lm-eval would try 64 rows of the longest context
     # probabilities of 16-bit logits in float32, so that their rounding does not hide what is looked for
     options = {"tokenizer": tokenizer, "batch_size": size, "softmax_dtype": "float32", "max_length": args.max_length}
+    if wanted.options is not None:
+        options |= split(wanted.options)[1]
     made = (Paged if patched else Stock)(model, **options)
     made.start()
     return made
@@ -463,7 +486,10 @@ def run_unit(made: Any, tasks: Tasks, unit: Unit, args: argparse.Namespace) -> t
         add_metrics(metrics[name], samples[name], made.windows if len(loaded["tasks"]) == 1 else [])
         for label, metric_of in metrics[name].items():
             metric_of["stderr"] = standard_error(metric_of, samples[name].get(label))
-    speed = made.generated if made.generated else made.scored
+    tokens = made.generated if made.generated else made.scored
+    # one thread's share of a processor is what it would take alone; several threads also wait
+    alone = made.device.type == "cpu" and torch.get_num_threads() == 1
+    seconds = made.cpu_seconds if alone else made.seconds
     run = {
         "source": unit.source,
         "limit": unit.limit,
@@ -471,9 +497,11 @@ def run_unit(made: Any, tasks: Tasks, unit: Unit, args: argparse.Namespace) -> t
         "num_fewshot": got["n-shot"],
         "metrics": metrics,
         "seconds": made.seconds,
+        "cpu_seconds": made.cpu_seconds,
         "scored_tokens": made.scored,
         "generated_tokens": made.generated,
-        "tokens_per_second": speed / made.seconds if made.seconds else None,
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "clock": "cpu" if alone else "wall",
         "kv_bytes": memory.kv_bytes,
         "kv_bytes_per_token": memory.kv_bytes_per_token,
         "peak_bytes": memory.peak_bytes,
@@ -671,8 +699,8 @@ class Holder:
             self.model, self.tokenizer = models.load(self.args.model, self.device, wanted.dtype)
         self.variant = wanted
         if wanted.options is not None:
-            models.patch(self.model, **wanted.options)
-        made = make_lm(self.model, self.tokenizer, wanted.options is not None, self.args)
+            models.patch(self.model, **split(wanted.options)[0])
+        made = make_lm(self.model, self.tokenizer, wanted, self.args)
         paged = getattr(self.model, "paged_cache", None) is not None
         counts = check_path(made) if paged else None
         if counts is not None and (counts["dense"] or not counts["paged"]):
@@ -771,7 +799,8 @@ def difference(row: dict[str, Any]) -> tuple[float, float | None] | None:
 
 def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     """``all``: every metric; ``summary``: one a task."""
-    header = ["task", "variant", "value", "difference", "p", "tokens/s", "", "KV B/token", "KV MiB", "peak MiB"]
+    clock = "tokens/s of CPU time" if all(run["clock"] == "cpu" for run in result["runs"]) else "tokens/s"
+    header = ["task", "variant", "value", "difference", "p", clock, "", "KV B/token", "KV MiB", "peak MiB"]
     every, short = [header], [header]
     speeds = {
         done["task"]: done["tokens_per_second"] for done in result["runs"] if done["variant"] == result["baseline"]
@@ -832,8 +861,9 @@ def parser() -> argparse.ArgumentParser:
         type=names,
         default=["stock", "paged", "kv-int8"],
         metavar="A,B",
-        help=f"{', '.join(KINDS)}, each with -fp32, -bf16 or -fp16 behind it and +OPTION=VALUE of patch(); differences "
-        "are to the first (default: stock,paged,kv-int8)",
+        help=f"{', '.join(KINDS)}, each with -fp32, -bf16 or -fp16 behind it and +OPTION=VALUE of patch(), or "
+        "+share_contexts=False (a context is computed anew for each request); differences are to the first (default: "
+        "stock,paged,kv-int8)",
     )
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, help="of variants without one (default: fp32 on cpu, bf16 on cuda)")
