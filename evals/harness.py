@@ -19,6 +19,7 @@ taken from there when the command runs again with the same arguments, model and 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -80,6 +81,8 @@ PRIMARY = ("acc_norm", "acc", "exact_match", "token_perplexity", "perplexity", "
 
 #: lm-eval's aggregations whose standard error follows from the samples -> of a perplexity?
 AGGREGATIONS = {"mean": False, "perplexity": True, "weighted_perplexity": True, "bits_per_byte": False}
+#: of them, those whose values are pairs (log-likelihood, weight)
+WEIGHTED = ("weighted_perplexity", "bits_per_byte")
 
 SEED = 1234
 
@@ -477,10 +480,9 @@ def run_unit(made: Any, tasks: Tasks, unit: Unit, args: argparse.Namespace) -> t
             metric, _, kept = key.partition(",")
             if kept and not metric.endswith("_stderr") and isinstance(value, (int, float)):
                 label = label_of(metric, kept)
-                how = task.aggregation().get(metric) if task is not None else None
                 metrics[name][label] = {
                     "value": float(value),
-                    "aggregation": getattr(how, "__name__", None),
+                    "aggregation": aggregation(task, metric) if task is not None else None,
                     "higher_is_better": got["higher_is_better"].get(name, {}).get(metric),
                 }
         add_metrics(metrics[name], samples[name], made.windows if len(loaded["tasks"]) == 1 else [])
@@ -517,19 +519,27 @@ def label_of(metric: str, kept: str) -> str:
 def sample_values(task: Any, rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Each metric's values, a number or a pair of numbers a sample; of multiple choice the right one's too."""
     values: dict[str, list[Any]] = {}
+    asked: dict[str, int] = {}  # rows of a metric's filter
+    counts = collections.Counter(row["filter"] for row in rows)
     for row in rows:
         for metric in row["metrics"]:
-            value = row[metric]
-            pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_number, value))
-            if is_number(value) or pair:
-                values.setdefault(label_of(metric, row["filter"]), []).append(
-                    [float(part) for part in value] if pair else float(value)
-                )
-        if task.OUTPUT_TYPE == "multiple_choice":
+            label, value = label_of(metric, row["filter"]), row[metric]
+            asked[label] = counts[row["filter"]]
+            pair = aggregation(task, metric) in WEIGHTED
+            if pair or is_number(value):
+                values.setdefault(label, []).append([float(part) for part in value] if pair else float(value))
+        if task.OUTPUT_TYPE == "multiple_choice" and row["filter"] == rows[0]["filter"]:
             gold = (task.doc_to_text if task.multiple_input else task.doc_to_target)(row["doc"])
+            asked["gold_logprob"] = counts[row["filter"]]
             if isinstance(gold, int) and 0 <= gold < len(row["filtered_resps"]):
                 values.setdefault("gold_logprob", []).append(float(row["filtered_resps"][gold][0]))
-    return {label: column for label, column in values.items() if len(column) == len(rows) or "," in label}
+    # what some samples do not have cannot be paired
+    return {label: column for label, column in values.items() if len(column) == asked[label]}
+
+
+def aggregation(task: Any, metric: str) -> str | None:
+    """The name of lm-eval's function that makes one number of a metric's values."""
+    return getattr(task.aggregation().get(metric), "__name__", None)
 
 
 def is_number(value: Any) -> bool:
@@ -728,7 +738,11 @@ def comparisons(
         return {}
     return {
         name: {
-            label: dataclasses.asdict(paired.compare(ours[name][label], theirs[name][label]))
+            label: {
+                # JSON has no nan
+                key: None if isinstance(value, float) and math.isnan(value) else value
+                for key, value in dataclasses.asdict(paired.compare(ours[name][label], theirs[name][label])).items()
+            }
             for label in metrics
             if label in ours[name] and label in theirs[name]
         }
@@ -788,13 +802,14 @@ def is_perplexity(entry: dict[str, Any]) -> bool:
 def difference(row: dict[str, Any]) -> tuple[float, float | None] | None:
     """Variant - baseline and its standard error, of a perplexity as a share of the baseline's; None: no baseline."""
     entry, base, found = row["entry"], row["base"], row["comparison"]
-    if base is None or row["variant"] == row["run"].get("baseline") or found is None:
+    if base is None or found is None:
         return None
+    error = found["stderr"]
     if is_perplexity(entry):
         ratio = entry["value"] / base["value"]
-        return ratio - 1, ratio * found["stderr"]
+        return ratio - 1, None if error is None else ratio * error
     scale = 1 / math.log(2) if entry["aggregation"] == "bits_per_byte" else 1.0
-    return entry["value"] - base["value"], scale * found["stderr"]
+    return entry["value"] - base["value"], None if error is None else scale * error
 
 
 def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
@@ -836,12 +851,12 @@ def difference_text(row: dict[str, Any]) -> list[str]:
     value, error = found
     scale, digits, unit = (100, 3, "%") if is_perplexity(row["entry"]) else (1, 4, "")
     text = f"{scale * value:+.{digits}f}{unit}"
-    if error is not None and not math.isnan(error):
+    if error is not None:
         text += f" ± {scale * error:.{digits}f}{unit}"
     p = row["comparison"]["p"]
     if row["comparison"]["different"] == 0:
         return [text, "same"]
-    return [text, "-" if math.isnan(p) else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"]
+    return [text, "-" if p is None else f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"]
 
 
 def parser() -> argparse.ArgumentParser:

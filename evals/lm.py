@@ -140,10 +140,11 @@ class PagedLM(HFLM):
 
     def _rows(self, length: int) -> int:
         manager = getattr(self.model, "paged_cache", None)
+        most = self.max_batch_size or 64
         if self.device.type == "cpu" or manager is None:
-            return min(CPU_ROWS, self.max_batch_size)
+            return min(CPU_ROWS, most)
         limit = manager.pool.max_blocks or manager.pool.num_blocks
-        return max(1, min(self.max_batch_size, limit // (-(-length // manager.block_size) + 1)))
+        return max(1, min(most, limit // (-(-length // manager.block_size) + 1)))
 
     # ---- batches -----------------------------------------------------------------------------------------------------
 

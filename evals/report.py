@@ -12,7 +12,6 @@ import base64
 import html
 import io
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,9 +112,8 @@ def draw_differences(
     drawn = [(row, found) for row in rows if (found := harness.difference(row)) is not None]
     scale = 100.0 if rows and harness.is_perplexity(rows[0]["entry"]) else 1.0
     for i, (row, (value, error)) in enumerate(drawn):
-        known = error is not None and not math.isnan(error)
         colour = colours[order[row["variant"]] % len(colours)]
-        bar = [scale * error] if known and error is not None else None
+        bar = None if error is None else [scale * error]
         axis.errorbar([scale * value], [i], xerr=bar, fmt="o", capsize=3, color=colour)
     axis.axvline(0.0, color="0.6", linewidth=1)
     axis.set_yticks(range(len(drawn)), [row["variant"] for row, _ in drawn])

@@ -139,6 +139,7 @@ def test_eval(tiny: str, tasks: Path, text: Path, tmp_path: Path, capsys: pytest
     windows = by["kv-int8+block_size=8", "text_perplexity"]["comparison"]["text_perplexity"]["token_perplexity"]
     assert windows["samples"] == math.ceil(len(text.read_bytes()) / 64)
     assert by["stock", "balls_until"]["generated_tokens"] > 0 == by["stock", "balls"]["generated_tokens"]
+    assert "NaN" not in out.read_text()
     assert str(tmp_path) not in out.read_text() and str(tiny) not in out.read_text()
     assert render.tables(result)["summary"][1][0] == "balls, acc_norm"
 
@@ -201,6 +202,15 @@ def test_gold_logprob_is_of_the_right_choice(tiny: str, tasks: Path) -> None:
         for gold in (2, 0)
     ]
     assert harness.sample_values(task, rows) == {"acc": [1.0, 1.0], "gold_logprob": [-3.0, -1.0]}
+    rows[1]["doc"] = rows[1]["doc"] | {"label": 7}  # no such choice
+    twice = [row | {"filter": name, "f1": (1, 2)} for name in ("none", "other") for row in rows]
+    twice[0]["metrics"] = ["acc", "text"]
+    twice[0]["text"] = "no number"
+    twice[2]["metrics"] = twice[3]["metrics"] = ["acc", "f1"]
+    assert harness.sample_values(task, twice) == {
+        "acc": [1.0, 1.0],
+        "acc,other": [1.0, 1.0],
+    }
 
 
 def test_eval_goes_on_from_what_is_kept(

@@ -234,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_users(error):
             raise
-        print(f"torch-pagedkv: error: {error}", file=sys.stderr)
+        module = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        fix = f": pip install 'torch-pagedkv[{OPTIONAL[module][1]}]'" if module in OPTIONAL else ""
+        print(f"torch-pagedkv: error: {error}{fix}", file=sys.stderr)
         return 2
 
 
