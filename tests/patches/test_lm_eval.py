@@ -186,6 +186,19 @@ def test_contexts_are_computed_once(tokenizer: Any) -> None:
     assert fed[False] == 74 + 7 * 10
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_what_is_found_is_scored_all_the_same(dtype: str | None, tokenizer: Any) -> None:
+    """Blocks found that reach into a continuation: its logits are asked for, so it is fed again."""
+    context, continuation = [5, 6, 7], torch.arange(2, 72).tolist()
+    asked: list[lm.Request] = [(("", ""), context, c) for c in (continuation, continuation, continuation[:40] + [9, 9])]
+    model = tiny.make("llama")
+    theirs = paged(model, tokenizer, prefix_caching=False, kv_cache_dtype=dtype)._loglikelihood_tokens(asked)
+    torch_pagedkv.unpatch(model)
+    ours = paged(model, tokenizer, share_contexts=False, batch_size=1, kv_cache_dtype=dtype)
+    agree(ours._loglikelihood_tokens(asked), theirs)
+    assert model.paged_cache.stats()["hit_tokens"] >= 64 + 32
+
+
 def test_other_weights_are_noticed(tokenizer: Any) -> None:
     model = tiny.make("llama")
     ours = paged(model, tokenizer)
