@@ -431,12 +431,12 @@ def make_lm(model: Any, tokenizer: Any, wanted: Variant, args: argparse.Namespac
 
 def check_path(made: Any) -> dict[str, int]:
     """Which attention the patched model runs for a few requests of each kind."""
-    ids = made.tokenizer("A paged cache keeps keys and values in blocks.")["input_ids"][:12]
+    ids = (12 * made.tokenizer("A paged cache keeps keys and values in blocks.")["input_ids"])[:12]
     with trace.AttentionTrace() as calls:
         made._loglikelihood_tokens([(("", ""), ids[:6], ids[6:]), (("", ""), ids[:6], ids[7:]), (("", ""), ids, ids)])
-        made.model.generate(
-            torch.tensor([ids], device=made.device), max_new_tokens=2, do_sample=False, pad_token_id=ids[0]
-        )
+        batch = torch.tensor([ids], device=made.device)
+        options = {"attention_mask": torch.ones_like(batch), "pad_token_id": ids[0]}
+        made.model.generate(batch, max_new_tokens=2, do_sample=False, **options)
     made.start()
     return calls.counts
 
@@ -706,6 +706,8 @@ class Holder:
         if self.model is None or self.variant is None or wanted.dtype != self.variant.dtype:
             self.model = None
             gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             self.model, self.tokenizer = models.load(self.args.model, self.device, wanted.dtype)
         self.variant = wanted
         if wanted.options is not None:
