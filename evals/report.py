@@ -80,20 +80,22 @@ def picture(result: dict[str, Any]) -> bytes:
     axes = figure.subplots(len(tasks), 3, squeeze=False)
     colours = [f"C{i}" for i in range(10)]
     order = {one["name"]: i for i, one in enumerate(result["variants"])}
+    handles: dict[str, Any] = {}
     for (title, rows), (by_memory, by_speed, differences) in zip(tasks.items(), axes):
         for row in rows:
             entry, run = row["entry"], row["run"]
             style: dict[str, Any] = {"fmt": "o", "capsize": 3, "color": colours[order[row["variant"]] % len(colours)]}
-            for axis, x in ((by_memory, run["kv_bytes_per_token"] / 1024), (by_speed, run["tokens_per_second"])):
+            for axis, x in ((by_memory, run["kv_bytes"] / 2**20), (by_speed, run["tokens_per_second"])):
                 if x:
-                    axis.errorbar([x], [entry["value"]], yerr=[entry["stderr"] or 0.0], label=row["variant"], **style)
-                    axis.annotate(row["variant"], (x, entry["value"]), xytext=(5, 4), textcoords="offset points")
-        by_memory.set(title=title, xlabel="KV cache, KiB a token", ylabel=direction(rows[0]["entry"]))
+                    bar = axis.errorbar([x], [entry["value"]], yerr=[entry["stderr"] or 0.0], **style)
+                    handles.setdefault(row["variant"], bar)
+        by_memory.set(title=title, xlabel="KV cache at its fullest, MiB", ylabel=direction(rows[0]["entry"]))
         by_speed.set(title=title, xlabel="tokens/s")
         for axis in (by_memory, by_speed):
-            axis.margins(x=0.2)
+            axis.margins(x=0.1)
             axis.grid(alpha=0.3)
         draw_differences(differences, rows, result["baseline"], colours, order)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles) or 1)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
