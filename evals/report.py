@@ -92,7 +92,7 @@ def picture(result: dict[str, Any]) -> bytes:
         by_memory.set(title=title, xlabel="KV cache at its fullest, MiB", ylabel=direction(rows[0]["entry"]))
         by_speed.set(title=title, xlabel="tokens/s")
         for axis in (by_memory, by_speed):
-            axis.margins(x=0.1)
+            axis.set_xlim(left=0.0, right=1.1 * axis.dataLim.x1)
             axis.grid(alpha=0.3)
         draw_differences(differences, rows, result["baseline"], colours, order)
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles) or 1)
