@@ -77,7 +77,7 @@ ALIASES = {"perplexity": TEXT}
 SOURCES = ("auto", "hub", "package")
 
 #: the metric of a task that stands for it in short tables and pictures: the first of these that it has
-PRIMARY = ("acc_norm", "acc", "exact_match", "token_perplexity", "perplexity", "word_perplexity")
+PRIMARY = ("acc_norm", "token_perplexity", "perplexity", "acc", "exact_match", "word_perplexity")
 
 #: lm-eval's aggregations whose standard error follows from the samples -> of a perplexity?
 AGGREGATIONS = {"mean": False, "perplexity": True, "weighted_perplexity": True, "bits_per_byte": False}
