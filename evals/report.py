@@ -121,6 +121,7 @@ def draw_differences(
     axis.set_yticks(range(len(drawn)), [row["variant"] for row, _ in drawn])
     axis.set(title=f"difference to {baseline}", xlabel="per cent ± paired error" if scale != 1 else "± paired error")
     axis.set_ylim(max(len(drawn), 1) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=6)
     axis.grid(alpha=0.3, axis="x")
 
 
