@@ -18,7 +18,7 @@ import torch
 import torch_pagedkv
 from torch_pagedkv import _native
 
-PACKAGES = ("transformers", "tokenizers", "numpy", "triton")
+PACKAGES = ("transformers", "tokenizers", "numpy", "triton", "lm_eval")
 
 GPU_FIELDS = {  # nvidia-smi's name of a field -> ours, with the unit
     "driver_version": "driver",

@@ -177,3 +177,10 @@ def test_demo_model_too_short(tiny: str, tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "empty").write_text("\n")
     assert cli.main(["demo", "--model", tiny, "--device", "cpu", "--prompts", str(tmp_path / "empty")]) == 2
     assert "has no prompts" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_extra() -> None:
+    code = "import sys; sys.modules['lm_eval'] = None; from torch_pagedkv import cli; sys.exit(cli.main(['lm-eval']))"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 2
+    assert "pip install 'torch-pagedkv[eval]'" in child.stderr

@@ -1,4 +1,4 @@
-"""The command ``torch-pagedkv``: env, generate, demo, bench."""
+"""The command ``torch-pagedkv``: env, generate, and the evaluations (`FORWARDED`)."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ OPTIONAL = {  # package -> what it is for and the extra that installs it
     "gguf": ("reading the demo's model when the hub cannot be reached", "demo"),
     "accelerate": ("reading the demo's model when the hub cannot be reached", "demo"),
     "jinja2": ("chat templates", "demo"),
+    "lm_eval": ("accuracy on its tasks", "eval"),
+    "matplotlib": ("the report of an evaluation", "eval"),
     "pytest": ("the tests", "test"),
     "hypothesis": ("the tests", "test"),
 }
@@ -31,6 +33,9 @@ OPTIONAL = {  # package -> what it is for and the extra that installs it
 FORWARDED = {  # commands that parse their own options, so that `env` starts without what they import
     "demo": ("torch_pagedkv.evals.demo", "stock and patched generate() side by side"),
     "bench": ("torch_pagedkv.evals.kernels", "time the operators"),
+    "eval": ("torch_pagedkv.evals.harness", "lm-eval on stock and patched variants of a model"),
+    "report": ("torch_pagedkv.evals.report", "a page and a picture of what eval measured"),
+    "lm-eval": ("torch_pagedkv.evals.lm", "lm-eval's own command line, with --model pagedkv"),
 }
 
 
@@ -177,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser."""
     top = argparse.ArgumentParser(prog="torch-pagedkv", description="Paged KV cache under plain generate().")
     top.add_argument("--version", action="version", version=torch_pagedkv.__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="env | generate | demo | bench")
+    commands = top.add_subparsers(dest="command", required=True, metavar=" | ".join(["env", "generate", *FORWARDED]))
 
     sub = commands.add_parser("env", help="what is installed, loaded and missing")
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -229,7 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not is_users(error):
             raise
-        print(f"torch-pagedkv: error: {error}", file=sys.stderr)
+        module = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        fix = f": pip install 'torch-pagedkv[{OPTIONAL[module][1]}]'" if module in OPTIONAL else ""
+        print(f"torch-pagedkv: error: {error}{fix}", file=sys.stderr)
         return 2
 
 
