@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -216,9 +217,11 @@ def interrupt_at(line: int) -> Iterator[list[int]]:
     count = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(_OURS):
+        if not frame.f_code.co_filename.startswith(_OURS) or frame.f_code.co_name == "_turn":
             return None
-        if event == "line":
+        # Python looks for signals at calls and jumps, never between the end of a block and what its `with` does then
+        here = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not here.lstrip().startswith("with "):
             count[0] += 1
             if count[0] == line:
                 raise KeyboardInterrupt

@@ -187,7 +187,7 @@ def test_saved_and_loaded(family: str, tmp_path: Any) -> None:
     torch.save(model, buffer)
     buffer.seek(0)
     for loaded in (
-        hf.AutoModelForCausalLM.from_pretrained(tmp_path),
+        hf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=stock.config._attn_implementation),
         torch.load(buffer, weights_only=False),
         pickle.loads(pickle.dumps(model)),
     ):

@@ -84,7 +84,7 @@ def test_random_calls(scenario: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=800, **_SETTINGS)  # type: ignore[arg-type]
+@settings(max_examples=400, **_SETTINGS)  # type: ignore[arg-type]
 @given(scenarios())
 def test_many_random_calls(scenario: Any) -> None:
     check(scenario)
