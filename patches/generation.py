@@ -119,9 +119,9 @@ def _turn(manager: CacheManager) -> Iterator[None]:
     before = len(held)
     if before:
         _swap(held, manager)
-    with manager.lock:
+    with manager.turn:
         if before:
-            manager.lock.release()
+            manager.turn.release()
         try:
             held.append(manager)
             yield
@@ -132,20 +132,20 @@ def _turn(manager: CacheManager) -> Iterator[None]:
 def _swap(held: list[CacheManager], manager: CacheManager) -> None:
     """Takes one lock more. A thread that would wait for it lets go of those it has: somebody who has this one may wait
     for them. Between its forward passes, others may use their caches."""
-    if manager.lock.acquire(blocking=False):
+    if manager.turn.acquire(blocking=False):
         return
     taken: list[CacheManager] = []
     for one in held:
-        one.lock.release()
+        one.turn.release()
     try:
         for one in sorted((*held, manager), key=id):
-            one.lock.acquire()
+            one.turn.acquire()
             taken.append(one)
     except BaseException:  # interrupted while it waits
         for one in taken:
-            one.lock.release()
+            one.turn.release()
         for one in sorted(held, key=id):
-            one.lock.acquire()
+            one.turn.acquire()
         raise
 
 
@@ -347,11 +347,7 @@ def _sample(tensor: Tensor) -> Tensor:
 def _salt(model: PreTrainedModel, salt: Salt) -> Salt:
     """The user's salt and the adapters that are active (PEFT's layers know them)."""
     adapters = [
-        (
-            name,
-            repr(active),
-            *(repr(getattr(module, state, None)) for state in ("disable_adapters", "merged", "scaling")),
-        )
+        (name, repr(active), *(repr(getattr(module, what, None)) for what in ("disable_adapters", "merged", "scaling")))
         for name, module in model.named_modules()
         if not isinstance(module, PreTrainedModel) and (active := getattr(module, "active_adapters", None)) is not None
     ]
@@ -444,7 +440,8 @@ def _plan_forward(self: PreTrainedModel, cache: PagedCache | None, inputs: dict[
         return region.function("no paged cache")
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
-    planned = cache.pending and first is not None and cache.fits(*first.shape[:2])
+    planned = cache.pending and cache.epoch == cache.manager.epoch
+    planned = planned and first is not None and cache.fits(*first.shape[:2])
     if not planned or (not cache.dense and _is_recorded(self, inputs.get("inputs_embeds"))):
         _follow_model(self)
         cache.trusted = False

@@ -56,14 +56,15 @@ def lock_is_free(manager: Any) -> bool:
     free: list[bool] = []
 
     def probe() -> None:
-        if manager.lock.acquire(blocking=False):
-            manager.lock.release()
-            free.append(True)
+        for lock in (manager.lock, manager.turn):
+            if lock.acquire(blocking=False):
+                lock.release()
+                free.append(True)
 
     thread = threading.Thread(target=probe)
     thread.start()
     thread.join()
-    return bool(free)
+    return len(free) == 2
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import tiny
@@ -64,7 +65,7 @@ def tokenizer(pairs: int = 32, first: int = 0) -> hf.PreTrainedTokenizerFast:
     """Pad, begin, 62 letters and digits, and `pairs` pairs of neighbours: 64 + `pairs` tokens."""
     letters = string.ascii_letters + string.digits
     tokens = ["<pad>", "<s>", *letters]
-    merges = list(zip(letters, letters[1:]))[first : first + pairs]
+    merges = list(pairwise(letters))[first : first + pairs]
     tokens += [a + b for a, b in merges]
     core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     core.decoder = decoders.Fuse()
@@ -275,7 +276,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "guidance without a cache": {"guidance_scale": 1.5, "use_cache": False},
     "watermark": {"watermarking_config": Made(lambda s: hf.WatermarkingConfig(bias=3.0, seeding_scheme="selfhash"))},
     "watermark as a dict": {"watermarking_config": {"bias": 2.5, "greenlist_ratio": 0.5}},
-    "synthid": {**_SAMPLE, "watermarking_config": Made(lambda s: hf.SynthIDTextWatermarkingConfig(ngram_len=3, keys=[3, 5]))},
+    "synthid": {
+        **_SAMPLE,
+        "watermarking_config": Made(lambda s: hf.SynthIDTextWatermarkingConfig(ngram_len=3, keys=[3, 5])),
+    },
     "logits processor": {"logits_processor": Made(lambda s: hf.LogitsProcessorList([Favour()]))},
     "logits processor of beams": {"logits_processor": Made(lambda s: [Favour()]), "num_beams": 2},
     "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": _allowed},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import options as table
 import pytest
 import tiny
 import torch
@@ -78,7 +77,7 @@ def check(scenario: tuple[str, int, bool, list[tuple[str, dict[str, Tensor]]]]) 
 _SETTINGS = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=30, **_SETTINGS)  # type: ignore[arg-type]
+@settings(max_examples=20, **_SETTINGS)  # type: ignore[arg-type]
 @given(scenarios())
 def test_random_calls(scenario: Any) -> None:
     check(scenario)

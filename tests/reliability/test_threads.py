@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import options as table
@@ -174,7 +175,7 @@ def test_caches_dropped_by_other_threads() -> None:
         ids, cache = held[0].sequences, held[0].past_key_values
         expected = stock.generate(ids, max_new_tokens=6, do_sample=False)
         got = together(
-            lambda: model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False),
+            partial(model.generate, ids, past_key_values=cache, max_new_tokens=6, do_sample=False),
             held.clear,
             lambda: generate(model, 5, {}),
         )

@@ -79,7 +79,8 @@ class CacheManager:
         self.rules = rules or PagingRules()
         self.dtype = dtype
         self.device = device
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # of allocator and pool; no other lock is waited for under it
+        self.turn = threading.RLock()  # one generate() at a time, however long
         self.epoch = 0  # of the pool: caches made before it was replaced are of no use
         self._pool: KVPool | None = None
         self._blocks: BlockManager | None = None
@@ -133,6 +134,8 @@ class CacheManager:
         config = self.config
         by_memory = config.num_blocks is None and self.device.type == "cuda"
         with self.lock:
+            if self._pool is not None:  # another thread was first
+                return
             pool = KVPool(
                 self.specs,
                 block_size=config.block_size,
