@@ -1,4 +1,4 @@
-"""Which causal language models can be patched? Every class that the installed transformers offers, as a tiny random model.
+"""Which causal language models can be patched? Every class of the installed transformers, as a tiny random model.
 
     torch-pagedkv coverage [--only CLASS ...] [--json] [--out evals/results/coverage-VERSION.json]
 
@@ -7,8 +7,8 @@ unpatched again. A turn is forward passes over a left-padded ragged batch and ov
 token and in a chunk behind what is cached, without a cache, and greedy `generate()` on both, twice, so that the second
 finds the first one's blocks. Windows are shorter than the prompts. The result of a class is
 
-    paged and equal             logits and tokens are stock's, and attention ran on pages (counted in the dispatcher; the
-                                reason says so if some layers did not)
+    paged and equal             logits and tokens are stock's, and attention ran on pages (counted in the dispatcher;
+                                if some layers did not, the reason says so)
     equal with stock attention  patched, equal, and the report says why attention is the stock one
     refused                     `patch` raises and names the reason; the fusions alone (attention=False) are equal
     WRONG                       anything else: other numbers, an error, a crash, not exactly stock after `unpatch`

@@ -8,9 +8,10 @@ position changes the logits: no norm is 1, no bias is 0.
 
 from __future__ import annotations
 
+import importlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,11 +68,14 @@ SIZES: tuple[tuple[str, Size], ...] = (
     ("eos_token_id", _eos),
     (r".*_token_(id|index)|pad_index|unk_index|mask_index", 3),
     (r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?", VOCABULARY),
-    (r"(attention_)?hidden_size(_global)?|d_model|n_embd|emb_dim|dim_model|embedding_size|word_embed_proj_dim", HIDDEN),
+    (
+        r"(attention_)?hidden_size(_global)?|d_model|n_embd|emb(ed)?_dim|dim_model|embedding_size|word_embed_proj_dim",
+        HIDDEN,
+    ),
     (r"lru_width|embedding_dim|dim_model_base|input_embedding_size|output_embedding_size|router_hidden_size", HIDDEN),
     (r"hidden_size_per_layer_input|moe_latent_size|altup_dim|laurel_rank|adapter_rank", HEAD_DIM),
     (r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|n_inner|d_inner|dff|dim_ff|mlp_dim|feed_forward_size", 96),
-    (r"(num_hidden|num_(en|de)coder|n|num|encoder|decoder|mtp)_layers?", LAYERS),
+    (r"((num_hidden|num_(en|de)coder|n|num|encoder|decoder|mtp)_)?layers?", LAYERS),
     (r"(num_|n_|conf_num_)?(encoder_|decoder_|swa_num_)?(attention_)?heads?|n_heads?|index_n_heads", HEADS),
     (r"(num_(global_)?|swa_num_|n_)?(key_value|kv)_heads|kv_n_heads|num_query_groups", _kv_heads),
     ("head_dim", _rotary_head_dim),
@@ -118,15 +122,17 @@ _GEMMA4_DRAFT = {
 #: class -> fields of its config (a dot leads into a part of it) that the rules above do not get right
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # the default leaves out what the model needs
-    "CohereCompassForCausalLM": {
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _KINDS},
-        "layer_types": list(_KINDS) * 2,
-    },
     "Dots3NoteForCausalLM": {"per_layer_config": {2: {"kv_lora_rank": HIDDEN}, 3: {"kv_lora_rank": HIDDEN}}},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "HunYuanDenseV1ForCausalLM": {"head_dim": HEAD_DIM},
     "HunYuanMoEV1ForCausalLM": {"head_dim": HEAD_DIM},
+    "CohereCompassForCausalLM": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]} for kind in _KINDS
+        },
+        "layer_types": list(_KINDS) * 2,
+    },
     # the default has none of what makes the family
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
     "MllamaForCausalLM": {"cross_attention_layers": [1]},
@@ -178,10 +184,24 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+#: language models that are not public by themselves -> their module
+UNEXPORTED = {
+    "Kosmos2TextForCausalLM": "kosmos2.modeling_kosmos2",
+    "Kosmos2_5TextForCausalLM": "kosmos2_5.modeling_kosmos2_5",
+}
+
+
+def find(name: str) -> type[PreTrainedModel]:
+    """The class of a name."""
+    module = UNEXPORTED.get(name)
+    return getattr(transformers if module is None else importlib.import_module(f"transformers.models.{module}"), name)
+
+
 def classes() -> list[str]:
     """Names of the causal language models of the installed transformers: its auto class's mapping, and every public
     class that says it is one."""
-    names = {name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)}
+    names = set(UNEXPORTED)
+    names |= {name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)}
     public = re.compile(r"(?!Auto|TF|Flax)\w+(ForCausalLM|LMHeadModel)")
     return sorted(names | {name for name in dir(transformers) if public.fullmatch(name)})
 
@@ -287,8 +307,11 @@ def make(name: str) -> PreTrainedModel:
     Raises:
         NotBuiltError: transformers cannot build it.
     """
-    cls = getattr(transformers, name)
+    cls = find(name)
     config = small_config(cls)
+    # its sdpa leaves the softcap out in older versions of transformers: that is not what the model computes
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
     try:
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())

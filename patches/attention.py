@@ -62,7 +62,7 @@ def attend(
         scaling: of the logits, default 1 / sqrt(D). The other arguments are those of `ops.paged_attention`.
 
     Returns:
-        [B, Q, Hq, D] or [B * Q, Hq, D], in the query's dtype; rows of pads are 0.
+        [B, Q, Hq, D] or [B * Q, Hq, D] (D: of the values), in the query's dtype; rows of pads are 0.
     """
     rows = query if query.dim() == 3 else query.transpose(1, 2).flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -87,7 +87,7 @@ def attend(
         v_scale=kv.v_scale,
     )
     assert isinstance(out, Tensor)
-    out = out.to(query.dtype)
+    out = out[..., : kv.value_dim].to(query.dtype)
     if torch.is_grad_enabled() and query.requires_grad:
         out = _NoBackward.apply(out, query)
     return out if query.dim() == 3 else out.unflatten(0, (query.shape[0], query.shape[2]))

@@ -155,7 +155,7 @@ def _after(tree: ast.FunctionDef, statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _shared_with_other_layers(tree: ast.FunctionDef) -> list[ast.AST]:
-    """Nodes that are put aside as they are, `shared[...] = key, value`, for layers without keys of their own (Gemma)."""
+    """Nodes that are put aside as they are, `shared[...] = key, value`, for layers without their own keys (Gemma)."""
     return [
         element
         for node in ast.walk(tree)
@@ -255,6 +255,7 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
     Returns:
         The cache, which knows what the candidates wrote, and whether `position_ids` left out mean 0, 1, 2 ...
     """
+    name = type(model).__name__
     cache = _Recorder()
     vocabulary = num_embeddings(model)  # special tokens, which a model may treat otherwise, stand at its ends
     ids = ((torch.arange(_PROBE_TOKENS, device=model.device) + vocabulary // 2) % vocabulary)[None]
@@ -270,17 +271,27 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
     try:
         with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} does not run on a stock cache ({type(error).__name__}: {error})"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
     if cache.writers and out.past_key_values is not cache:
-        raise UnsupportedModelError(f"{type(model).__name__} puts the cache that it is given into one of its own")
-    if not _accepts(model, "position_ids"):
-        return cache, True
-    positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+        raise UnsupportedModelError(f"{name} puts the cache that it is given into one of its own")
+    # the same tokens and, in a second row, another last one: it must change nothing before itself
+    ids = torch.cat([ids, ids])
+    ids[1, -1] = ids[0, 0]
+    given = {"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True}
+    if _accepts(model, "position_ids"):
+        given["position_ids"] = torch.arange(_PROBE_TOKENS, device=model.device).expand(2, -1)
     with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
-        counted = model(input_ids=ids, position_ids=positions, past_key_values=DynamicCache(), use_cache=True).logits
-    return cache, match.relative_error(counted, out.logits) <= 1e-3
+        counted = model(**given).logits
+    limit = max(1e-3, 8 * torch.finfo(counted.dtype).eps)
+    if match.relative_error(counted[1, :-1], counted[0, :-1]) > limit:
+        raise UnsupportedModelError(f"{name} attends in both directions")
+    return cache, match.relative_error(counted[:1], out.logits) <= limit
 
 
 def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
@@ -348,8 +359,8 @@ def _candidates(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _attention_modules(
     model: PreTrainedModel, candidates: dict[str, nn.Module], cache: _Recorder
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """The modules that attend in the cache, and the one that writes each of its layers. What did not run (cross-attention
-    without an encoder) does not count.
+    """The modules that attend in the cache, and the one that writes each of its layers. What did not run does not count
+    (cross-attention without an encoder).
 
     Raises:
         UnsupportedModelError: there are none, or one of them cannot run on pages.
@@ -371,8 +382,8 @@ def _attention_modules(
     missing = sorted(set(range(len(cache.layers))) - cache.writers.keys())
     if missing:
         raise UnsupportedModelError(
-            f"{kind}: layers {', '.join(map(str, missing))} of its cache keep no keys and values: a hybrid model, or one "
-            "with cross-attention"
+            f"{kind}: layers {', '.join(map(str, missing))} of its cache keep no keys and values: a hybrid model, or "
+            "one with cross-attention"
         )
     return found, [cache.writers[layer] for layer in range(len(cache.layers))]
 
@@ -384,13 +395,13 @@ def _shapes(
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     specs = []
     for path, (key, value) in zip(writers, layers, strict=True):
-        if key.shape != value.shape:
+        if key.shape[:3] != value.shape[:3] or key.shape[3] < value.shape[3]:
             raise UnsupportedModelError(
                 f"{name}: {path} has keys of {key.shape[1]} x {key.shape[3]}, values of {value.shape[1]} x "
-                f"{value.shape[3]} (heads x head_dim); they need to be alike"
+                f"{value.shape[3]} (heads x head_dim); they need as many heads, and values that are no larger"
             )
         try:
-            specs.append(LayerSpec(key.shape[1], key.shape[3]))
+            specs.append(LayerSpec(key.shape[1], key.shape[3], value.shape[3] if key.shape != value.shape else None))
         except ValueError as error:
             raise UnsupportedModelError(f"{name}: {path}: {error}") from None
     return tuple(specs), layers[0][0].dtype

@@ -26,6 +26,7 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -65,6 +66,7 @@ class PagedLayer(NamedTuple):
     k_scale: Tensor | None  # float32 [num_blocks, block_size, Hkv] of a quantised cache
     v_scale: Tensor | None
     step: PagedStep
+    value_dim: int | None = None  # elements of a value, if fewer than of a key
 
     def to(self, *args: Any, **kwargs: Any) -> PagedLayer:
         """Itself: layers that share keys and values say `.to(device)`, and a patched model is on one."""
@@ -471,13 +473,15 @@ class PagedCache(Cache):
             )
         pool = self.manager.pool
         if not pool.is_quantized:
-            return PagedLayer(pool.key_caches[layer_idx], pool.value_caches[layer_idx], None, None, self.step)
+            caches = pool.key_caches[layer_idx], pool.value_caches[layer_idx]
+            return PagedLayer(*caches, None, None, self.step, pool.specs[layer_idx].value_dim)
         return PagedLayer(
             pool.key_caches[layer_idx],
             pool.value_caches[layer_idx],
             pool.key_scales[layer_idx],
             pool.value_scales[layer_idx],
             self.step,
+            pool.specs[layer_idx].value_dim,
         )
 
     def update(
@@ -494,6 +498,8 @@ class PagedCache(Cache):
         layer = self.layer(layer_idx)
         dtype = self.manager.dtype
         value = _rows(value_states, dtype)
+        if layer.value_dim is not None:
+            value = F.pad(value, (0, layer.key_cache.shape[-1] - layer.value_dim))
         rotary, self.pending_rotary = self.pending_rotary, None
         if rotary is not None and rotary.key_states is not key_states:
             raise RuntimeError("the key states are not those of the rotation handed on to this cache")
@@ -556,7 +562,7 @@ class PagedCache(Cache):
             rows = torch.arange(batch, device=device)[:, None]
             shown = stored.to(device)[..., None, None]
             key, value = (x[rows, place] * shown for x in (key, value))
-        return key.transpose(1, 2), value.transpose(1, 2)
+        return key.transpose(1, 2), value[..., : layer.value_dim].transpose(1, 2)
 
     # ---- prefixes ----------------------------------------------------------------------------------------------------
 
