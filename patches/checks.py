@@ -285,7 +285,7 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
     ids[1, -1] = ids[0, 0]
     given = {"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True}
     if _accepts(model, "position_ids"):
-        given["position_ids"] = torch.arange(_PROBE_TOKENS, device=model.device).expand(2, -1)
+        given["position_ids"] = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2, 1)
     with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
         counted = model(**given).logits
     limit = max(1e-3, 8 * torch.finfo(counted.dtype).eps)
@@ -326,7 +326,7 @@ def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
         gaps_dense=windows or (recipe is not None and recipe.counts_columns),
         dense_after=recipe.dense_after(module) if recipe is not None else None,
         real_masks=recipe is not None,
-        pads_shift_positions=not (recipe is not None and recipe.relative) and not _accepts(model, "position_ids"),
+        pads_shift_positions=not (recipe is not None and recipe.relative) and not _hands_on_positions(model),
         own_positions=not default_positions,
     )
     return ModelFacts(
@@ -345,6 +345,20 @@ def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
 
 def _accepts(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(type(model).forward).parameters
+
+
+def _hands_on_positions(model: PreTrainedModel) -> bool:
+    """Whether `generate()` tells the model the positions of its tokens, pads left out."""
+    if not _accepts(model, "position_ids"):
+        return False
+    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    mask, positions = (torch.tensor([row], device=model.device) for row in ([0, 1, 1], [0, 0, 1]))
+    given = {"attention_mask": mask, "position_ids": positions, "past_key_values": DynamicCache(), "use_cache": True}
+    try:
+        handed = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given).get("position_ids")
+    except Exception:  # it wants more than every model does: then it decides otherwise, too
+        return False
+    return isinstance(handed, Tensor) and torch.equal(handed.reshape(-1, 3)[-1:], positions)
 
 
 def _candidates(model: PreTrainedModel) -> dict[str, nn.Module]:

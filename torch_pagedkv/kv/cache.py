@@ -188,7 +188,7 @@ class PagedCache(Cache):
                     self._given.append(found)
                     matched.append(found)
                     self.manager.append([(seq, length - found)])
-                if skip and regular:
+                if skip and regular and not (self.manager.rules.pads_shift_positions and min(lengths) < columns):
                     self._base = min((columns - n + m for n, m in zip(lengths, matched)), default=0)
                     self._base = max(0, min(self._base, columns - 1))
                     self._skipped_of = columns if self._base else 0
