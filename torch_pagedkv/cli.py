@@ -1,4 +1,4 @@
-"""The command ``torch-pagedkv``: env, generate, demo, bench."""
+"""The command ``torch-pagedkv``: env, generate, demo, bench, coverage."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ OPTIONAL = {  # package -> what it is for and the extra that installs it
 FORWARDED = {  # commands that parse their own options, so that `env` starts without what they import
     "demo": ("torch_pagedkv.evals.demo", "stock and patched generate() side by side"),
     "bench": ("torch_pagedkv.evals.kernels", "time the operators"),
+    "coverage": ("torch_pagedkv.evals.coverage", "patch every causal language model of transformers, tiny and random"),
 }
 
 
@@ -177,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     """Build the parser."""
     top = argparse.ArgumentParser(prog="torch-pagedkv", description="Paged KV cache under plain generate().")
     top.add_argument("--version", action="version", version=torch_pagedkv.__version__)
-    commands = top.add_subparsers(dest="command", required=True, metavar="env | generate | demo | bench")
+    commands = top.add_subparsers(dest="command", required=True, metavar="env | generate | demo | bench | coverage")
 
     sub = commands.add_parser("env", help="what is installed, loaded and missing")
     sub.add_argument("--json", action="store_true", help="print JSON")
