@@ -104,20 +104,6 @@ SIZES: tuple[tuple[str, Size], ...] = (
 _SIZES = [(re.compile(pattern), size) for pattern, size in SIZES]
 
 _KINDS = ("full_attention", "sliding_attention")
-#: drafts of Gemma 4 have no keys and values of their own
-_GEMMA4_DRAFT = {
-    "hidden_size": HIDDEN,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-    "num_hidden_layers": LAYERS,
-    "num_kv_shared_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "head_dim": HEAD_DIM,
-    "intermediate_size": 96,
-    "vocab_size": VOCABULARY,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}
 
 #: class -> fields of its config (a dot leads into a part of it) that the rules above do not get right
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -157,9 +143,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16},
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": VOCABULARY, "num_hidden_layers": LAYERS},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 2 * HIDDEN, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "Gemma4AssistantForCausalLM": {"text_config": _GEMMA4_DRAFT},
-    "Gemma4UnifiedAssistantForCausalLM": {"text_config": _GEMMA4_DRAFT},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "HrmTextForCausalLM": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 2, "L_bp_cycles": [1]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16},
     "ReformerModelWithLMHead": {
@@ -183,6 +168,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xLSTMForCausalLM": {"qk_dim_factor": 1.0},
 }
 
+
+#: classes that do not run on token ids alone -> why
+NOT_ALONE = {
+    "CsmDepthDecoderForCausalLM": "it continues the hidden states of another model (backbone_last_hidden_state)",
+    "Gemma4AssistantForCausalLM": "it reads the keys and values of another model (shared_kv_states)",
+    "Gemma4UnifiedAssistantForCausalLM": "it reads the keys and values of another model (shared_kv_states)",
+}
 
 #: language models that are not public by themselves -> their module
 UNEXPORTED = {
@@ -307,6 +299,8 @@ def make(name: str) -> PreTrainedModel:
     Raises:
         NotBuiltError: transformers cannot build it.
     """
+    if name in NOT_ALONE:
+        raise NotBuiltError(NOT_ALONE[name])
     cls = find(name)
     config = small_config(cls)
     # its sdpa leaves the softcap out in older versions of transformers: that is not what the model computes
