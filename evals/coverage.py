@@ -5,7 +5,8 @@
 Each class is built small (`evals.shrink`), and what it computes is noted in float32 three times: stock, patched, and
 unpatched again. A turn is forward passes over a left-padded ragged batch and over a single prompt, whole, then token by
 token and in a chunk behind what is cached, without a cache, and greedy `generate()` on both, twice, so that the second
-finds the first one's blocks. Windows are shorter than the prompts. The result of a class is
+finds the first one's blocks. Windows are shorter than the prompts. The same again with the switches of its config
+(biases, qk-norm, ALiBi, softcaps ...) the other way round must not be WRONG either. The result of a class is
 
     paged and equal             logits and tokens are stock's, and attention ran on pages (counted in the dispatcher;
                                 if some layers did not, the reason says so)
@@ -211,9 +212,12 @@ def sensitivity(model: PreTrainedModel) -> float:
     return _error(_logits(model(**inputs, use_cache=False))[:, -1], first)
 
 
-def conditioning(name: str, stock: Turn) -> float:
-    """How much stock's logits change if every weight moves by one rounding, relative: what float32 can tell."""
-    moved = shrink.make(name)
+def conditioning(moved: PreTrainedModel, stock: Turn) -> float:
+    """How much stock's logits change if every weight moves by one rounding, relative: what float32 can tell.
+
+    Args:
+        moved: another model like that of `stock`; it is changed.
+    """
     generator = torch.Generator().manual_seed(0)
     eps = torch.finfo(torch.float32).eps
     for parameter in moved.parameters():
@@ -227,20 +231,27 @@ def conditioning(name: str, stock: Turn) -> float:
     return max((error for error in errors if error < 1e-2), default=0.0)  # more: a token was another one by chance
 
 
-def measure(name: str, note: Callable[[str], None] = lambda phase: None) -> dict[str, Any]:
+def measure(name: str, note: Callable[[str], None] = lambda phase: None, *, switches: bool = True) -> dict[str, Any]:
     """The row of one class.
 
     Args:
         name: of a class of transformers.
         note: told the phase that begins ("stock", "patched").
+        switches: also with the switches of its config the other way round.
 
     Returns:
         class, result (one of RESULTS), reason, layers (attention layers on pages, of all), error (the largest of the
-        logits), skipped (what stock cannot do), seconds.
+        logits), skipped (what stock cannot do), switched (the result with `shrink.SWITCHES` the other way round),
+        seconds.
     """
     began = time.perf_counter()
     with _quiet():
         row = _measure(name, note)
+        if switches and row["result"] != NOT_BUILT:
+            other = _measure(name, lambda phase: None, switched=True)
+            row["switched"] = other["result"]
+            if other["result"] == WRONG != row["result"]:
+                row |= {"result": WRONG, "reason": f"with its switches the other way round: {other['reason']}"}
     return {"class": name, **row, "seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -248,10 +259,10 @@ def _row(result: str, reason: str = "", **more: Any) -> dict[str, Any]:
     return {"result": result, "reason": reason, **more}
 
 
-def _measure(name: str, note: Callable[[str], None]) -> dict[str, Any]:
+def _measure(name: str, note: Callable[[str], None], *, switched: bool = False) -> dict[str, Any]:
     note("stock")
     try:
-        model = shrink.make(name)
+        model = shrink.make(name, switched=switched)
     except shrink.NotBuiltError as error:
         return _row(NOT_BUILT, str(error))
     stock = observe(model, again=True)
@@ -259,7 +270,7 @@ def _measure(name: str, note: Callable[[str], None]) -> dict[str, Any]:
         return _row(NOT_BUILT, next(iter(stock.errors.values())))
     if not all(value.isfinite().all() for value in stock.values.values()):
         return _row(NOT_BUILT, "its logits are not finite")
-    limit = max(TOLERANCE, ROUNDINGS * conditioning(name, stock))
+    limit = max(TOLERANCE, ROUNDINGS * conditioning(shrink.make(name, switched=switched), stock))
     changed = sensitivity(model)
     if changed < SENSITIVITY * limit:
         return _row(NOT_BUILT, f"its logits hardly depend on the prompt ({changed:.0e}, roundings {limit:.0e})")
@@ -438,11 +449,9 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     """The sections of a result: the counts, and every class."""
     version = result["machine"]["versions"]["transformers"]
     numbers = [str(n) for n in result["counts"].values()]
-    listed = [[row["class"], row["result"], row["reason"]] for row in result["rows"]]
-    return {
-        "counts": [["transformers", "classes", *RESULTS], [version, str(len(result["rows"])), *numbers]],
-        "classes": [["class", "result", "reason"], *listed],
-    }
+    counted: render.Rows = [["transformers", "classes", *RESULTS], [version, str(len(result["rows"])), *numbers]]
+    listed: render.Rows = [[row["class"], row["result"], row["reason"]] for row in result["rows"]]
+    return {"counts": counted, "classes": [["class", "result", "reason"], *listed]}
 
 
 def document(result: dict[str, Any]) -> str:

@@ -105,6 +105,23 @@ _SIZES = [(re.compile(pattern), size) for pattern, size in SIZES]
 
 _KINDS = ("full_attention", "sliding_attention")
 
+#: switches of attention, norms and layer order, which a class is built with the other way round, too
+SWITCHES = re.compile(
+    "(attention|qkv|mlp|use|use_qkv|attention_out)_bias|no_bias|use_sliding_window|qk_layernorm|(use_)?qk_norm|qk_ln|alibi|"
+    "multi_query|new_decoder_architecture|parallel_attn|use_parallel_residual|scale_attn_(by_inverse_layer_idx|weights)|"
+    "rope_interleave|attn_temperature_tuning|use_post_norm|attention_k_eq_v|learned_pos_emb|rotary_value|gating|"
+    "apply_residual_connection_post_layernorm|do_layer_norm_before|add_(swa|full)_attention_sink_bias|use_attention_gate|"
+    "reorder_and_upcast_attn|scale_embedding|rescale_embeddings|tie_word_embeddings"
+)
+#: the same, for numbers that are None by default
+SWITCHED_ON = {
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 10.0,
+    "clip_qkv": 0.5,
+    "logit_scale": 0.5,
+    "softmax_scale": 0.3,
+}
+
 #: class -> fields of its config (a dot leads into a part of it) that the rules above do not get right
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # the default leaves out what the model needs
@@ -202,15 +219,15 @@ def _as_tuple(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
-def small_config(cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The class's default config, made small.
+def small_config(cls: type[PreTrainedModel], *, switched: bool = False) -> PreTrainedConfig:
+    """The class's default config, made small, with `switched` every one of its switches the other way round.
 
     Raises:
         NotBuiltError: the config class does not take the small values.
     """
     exceptions = EXCEPTIONS.get(cls.__name__, {})
     try:
-        config = _shrink(cls.config_class, _defaults(cls.config_class, exceptions), exceptions)
+        config = _shrink(cls.config_class, _defaults(cls.config_class, exceptions), exceptions, switched)
     except Exception as error:
         raise NotBuiltError(f"config: {first_line(error)}") from error
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
@@ -225,7 +242,7 @@ def _defaults(cls: Any, exceptions: dict[str, Any]) -> PreTrainedConfig:
         return cls(**{name: value for name, value in exceptions.items() if "." not in name})
 
 
-def _shrink(cls: Any, default: PreTrainedConfig, exceptions: dict[str, Any]) -> PreTrainedConfig:
+def _shrink(cls: Any, default: PreTrainedConfig, exceptions: dict[str, Any], switched: bool) -> PreTrainedConfig:
     fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
     small: dict[str, Any] = {}
     kept = _kept_layers(fields)
@@ -235,7 +252,11 @@ def _shrink(cls: Any, default: PreTrainedConfig, exceptions: dict[str, Any]) -> 
             continue
         if isinstance(value, PreTrainedConfig):
             inner = {n.removeprefix(f"{name}."): v for n, v in exceptions.items() if n.startswith(f"{name}.")}
-            small[name] = _shrink(type(value), value, inner)
+            small[name] = _shrink(type(value), value, inner, switched)
+        elif switched and isinstance(value, bool) and SWITCHES.fullmatch(name):
+            small[name] = not value
+        elif switched and value is None and name in SWITCHED_ON:
+            small[name] = SWITCHED_ON[name]
         elif isinstance(value, (list, tuple)) and kept and len(value) == layers and name != "eos_token_id":
             small[name] = type(value)(_size(name, value[layer], fields) for layer in kept)
         else:
@@ -293,8 +314,11 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
     return sorted(chosen)
 
 
-def make(name: str) -> PreTrainedModel:
+def make(name: str, *, switched: bool = False) -> PreTrainedModel:
     """A tiny random model of a class, on the CPU, in float32 and evaluation mode; the same weights every time.
+
+    Args:
+        switched: with the switches of its config the other way round.
 
     Raises:
         NotBuiltError: transformers cannot build it.
@@ -302,7 +326,7 @@ def make(name: str) -> PreTrainedModel:
     if name in NOT_ALONE:
         raise NotBuiltError(NOT_ALONE[name])
     cls = find(name)
-    config = small_config(cls)
+    config = small_config(cls, switched=switched)
     # its sdpa leaves the softcap out in older versions of transformers: that is not what the model computes
     if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         config._attn_implementation = "eager"

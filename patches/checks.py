@@ -438,7 +438,8 @@ def _dense_modules(
         if kind == "chunked_attention":
             yield path, "chunked attention is known from the mask alone"
         elif (kind == "sliding_attention" or everywhere) and form and "sliding_window" not in form.keywords:
-            if not any(_masks_by_window(type(part)) for part in model.modules()):
+            kinds: list[Any] = [type(part) for part in model.modules()]
+            if not any(map(_masks_by_window, kinds)):
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: its sliding window is neither in the mask nor in the attention: only "
                     "transformers' own cache drops what is outside"
@@ -447,7 +448,7 @@ def _dense_modules(
 
 
 @functools.cache
-def _masks_by_window(cls: type) -> bool:
+def _masks_by_window(cls: Any) -> bool:
     """True for a model whose forward makes a mask with a sliding window."""
     tree = match.function_tree(cls.forward) if issubclass(cls, PreTrainedModel) else None
     return tree is not None and any(

@@ -8,7 +8,6 @@ stock code runs. These models build their own masks and biases, which a paged st
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -258,18 +257,14 @@ RECIPES: dict[str, Recipe] = {
 RECIPES |= {f"{family}Attention": Recipe(_bart) for family in ("Mvp", "TrOCR", "XGLM")}
 
 
-@functools.cache
-def _arguments(cls: Any) -> tuple[str, ...]:
-    """Names of the stock forward's arguments, `self` left out."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
 def bind(module: nn.Module, log: PatchLog) -> None:
     """Let a module of a family run on pages."""
     log.set_attribute(module, "_pagedkv_slopes", None)
     if RECIPES[type(module).__name__].forward is None:
         log.bind(module, "_attn", _inner)
     else:
+        cls: Any = type(module)
+        log.set_attribute(module, "_pagedkv_arguments", tuple(inspect.signature(cls.forward).parameters)[1:])
         log.bind(module, "forward", forward)
 
 
@@ -277,7 +272,7 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Bound to each attention module of a family: its recipe in a paged step, else its class's forward."""
     recipe = RECIPES[type(self).__name__]
     assert recipe.forward is not None
-    named = dict(zip(_arguments(type(self)), args))
+    named = dict(zip(self._pagedkv_arguments, args))
     cache = named.get(recipe.cache_argument, kwargs.get(recipe.cache_argument))
     kv = active_layer(cache, self.layer_idx)
     if kv is None:

@@ -40,25 +40,32 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", PAGED)
 def test_paged_and_equal(name: str) -> None:
-    row = coverage.measure(name)
+    row = coverage.measure(name, switches=False)
     assert (row["result"], row["reason"]) == (coverage.PAGED, "")
     assert row["layers"][0] == row["layers"][1] > 0
 
 
+def test_switches_the_other_way_round() -> None:
+    row = coverage.measure("Qwen2ForCausalLM")
+    assert row["result"] == row["switched"] == coverage.PAGED
+    config = shrink.make("Qwen2ForCausalLM", switched=True).config
+    assert config.use_sliding_window and config.tie_word_embeddings
+
+
 def test_partly_paged() -> None:
-    row = coverage.measure("Llama4ForCausalLM")
+    row = coverage.measure("Llama4ForCausalLM", switches=False)
     assert row["result"] == coverage.PAGED and row["layers"] == [1, 4]
     assert "chunked attention" in row["reason"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
-    row = coverage.measure(name)
+    row = coverage.measure(name, switches=False)
     assert row["result"] == coverage.REFUSED and REFUSED[name] in row["reason"]
 
 
 def test_not_built() -> None:
-    row = coverage.measure("CsmDepthDecoderForCausalLM")
+    row = coverage.measure("CsmDepthDecoderForCausalLM", switches=False)
     assert row["result"] == coverage.NOT_BUILT and row["reason"]
 
 
@@ -80,14 +87,14 @@ def test_wrong_attention_is_found(change: dict[str, Any], monkeypatch: pytest.Mo
         return attend(kv, query, **options | change)
 
     monkeypatch.setattr(attention, "attend", wrong)
-    row = coverage.measure("MistralForCausalLM")
+    row = coverage.measure("MistralForCausalLM", switches=False)
     assert row["result"] == coverage.WRONG and "own cache: single, generate" in row["reason"]
 
 
 def test_wrong_report_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that gathers pages although the report says that it reads them."""
     monkeypatch.setattr("torch_pagedkv.kv.cache.PagedCache.is_paged", lambda *_: False)
-    row = coverage.measure("LlamaForCausalLM")
+    row = coverage.measure("LlamaForCausalLM", switches=False)
     assert row["result"] == coverage.WRONG and "layers run paged_attention" in row["reason"]
 
 
