@@ -490,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"--only: no class of transformers {transformers.__version__} is like that", file=sys.stderr)
             return 2
     rows = survey(names, args.threads, args.timeout)
-    result = {
+    result: dict[str, Any] = {
         "eval": "coverage",
         "model": "every causal language model, tiny and random",
         "machine": machine.describe("cpu"),
