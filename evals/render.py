@@ -3,7 +3,8 @@
     python -m torch_pagedkv.evals.render [--check]
 
 In the document, what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew from
-``evals/results/NAME.json``; ``NAME/SECTION`` takes one section of it. A result names the module that made it
+``evals/results/NAME.json``; ``NAME/SECTION`` takes one section of it, and a ``*`` in NAME joins the rows of several
+results of one kind. A result names the module that made it
 (``"eval": "speed"``), and that module's ``tables(result)`` gives the sections, a header and rows of strings each.
 """
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: the header, then the rows; all of one length
 Rows = Sequence[Sequence[str]]
 
-MARK = re.compile(r"<!-- *(?:table: *(?P<name>[\w./-]+)|(?P<end>end)) *-->")
+MARK = re.compile(r"<!-- *(?:table: *(?P<name>[\w./*-]+)|(?P<end>end)) *-->")
 
 
 class RenderError(ValueError):
@@ -62,16 +63,22 @@ def tables(result: dict[str, Any]) -> dict[str, Rows]:
 def block(name: str, results: Path) -> str:
     """The markdown of one marker's table: the sections asked for, what was measured, where and how."""
     stem, _, section = name.partition("/")
-    file = results / f"{stem}.json"
-    if not file.is_file():
-        raise RenderError(f"table {name}: there is no {file.name} in {results}")
-    result = json.loads(file.read_text())
-    sections = tables(result)
-    if section and section not in sections:
-        raise RenderError(f"table {name}: {file.name} has no section {section!r}, but {', '.join(sections)}")
-    chosen = [sections[section]] if section else list(sections.values())
-    caption = f"{result['model']}; {machine.summary(result['machine'])}: `{result['machine']['command']}`"
-    return "\n\n".join([*map(markdown, chosen), caption])
+    files = sorted(results.glob(f"{stem}.json"))
+    if not files:
+        raise RenderError(f"table {name}: there is no {stem}.json in {results}")
+    chosen: list[list[Sequence[str]]] = []
+    captions = []
+    for file in files:
+        result = json.loads(file.read_text())
+        sections = tables(result)
+        if section and section not in sections:
+            raise RenderError(f"table {name}: {file.name} has no section {section!r}, but {', '.join(sections)}")
+        mine = [sections[section]] if section else list(sections.values())
+        if chosen and [rows[0] for rows in chosen] != [rows[0] for rows in mine]:
+            raise RenderError(f"table {name}: {file.name} has other columns than {files[0].name}")
+        chosen = [[*rows, *more[1:]] for rows, more in zip(chosen, mine)] if chosen else [list(rows) for rows in mine]
+        captions.append(f"{result['model']}; {machine.summary(result['machine'])}: `{result['machine']['command']}`")
+    return "\n\n".join([*map(markdown, chosen), *captions])
 
 
 def render(document: str, results: Path) -> str:

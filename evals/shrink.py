@@ -8,9 +8,10 @@ position changes the logits: no norm is 1, no bias is 0.
 
 from __future__ import annotations
 
+import importlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,11 +68,14 @@ SIZES: tuple[tuple[str, Size], ...] = (
     ("eos_token_id", _eos),
     (r".*_token_(id|index)|pad_index|unk_index|mask_index", 3),
     (r"(unpadded_|decoder_)?vocab_size(_per_layer_input)?", VOCABULARY),
-    (r"(attention_)?hidden_size(_global)?|d_model|n_embd|emb_dim|dim_model|embedding_size|word_embed_proj_dim", HIDDEN),
+    (
+        r"(attention_)?hidden_size(_global)?|d_model|n_embd|emb(ed)?_dim|dim_model|embedding_size|word_embed_proj_dim",
+        HIDDEN,
+    ),
     (r"lru_width|embedding_dim|dim_model_base|input_embedding_size|output_embedding_size|router_hidden_size", HIDDEN),
     (r"hidden_size_per_layer_input|moe_latent_size|altup_dim|laurel_rank|adapter_rank", HEAD_DIM),
     (r".*intermediate_size.*|.*ffn_dim|.*ffn_hidden_size|n_inner|d_inner|dff|dim_ff|mlp_dim|feed_forward_size", 96),
-    (r"(num_hidden|num_(en|de)coder|n|num|encoder|decoder|mtp)_layers?", LAYERS),
+    (r"((num_hidden|num_(en|de)coder|n|num|encoder|decoder|mtp)_)?layers?", LAYERS),
     (r"(num_|n_|conf_num_)?(encoder_|decoder_|swa_num_)?(attention_)?heads?|n_heads?|index_n_heads", HEADS),
     (r"(num_(global_)?|swa_num_|n_)?(key_value|kv)_heads|kv_n_heads|num_query_groups", _kv_heads),
     ("head_dim", _rotary_head_dim),
@@ -100,33 +104,38 @@ SIZES: tuple[tuple[str, Size], ...] = (
 _SIZES = [(re.compile(pattern), size) for pattern, size in SIZES]
 
 _KINDS = ("full_attention", "sliding_attention")
-#: drafts of Gemma 4 have no keys and values of their own
-_GEMMA4_DRAFT = {
-    "hidden_size": HIDDEN,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": 0,
-    "num_hidden_layers": LAYERS,
-    "num_kv_shared_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "head_dim": HEAD_DIM,
-    "intermediate_size": 96,
-    "vocab_size": VOCABULARY,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
+
+#: switches of attention, norms and layer order, which a class is built with the other way round, too
+SWITCHES = re.compile(
+    "(attention|qkv|mlp|use|use_qkv|attention_out)_bias|no_bias|use_sliding_window|qk_layernorm|(use_)?qk_norm|qk_ln|alibi|"
+    "multi_query|new_decoder_architecture|parallel_attn|use_parallel_residual|scale_attn_(by_inverse_layer_idx|weights)|"
+    "rope_interleave|attn_temperature_tuning|use_post_norm|attention_k_eq_v|learned_pos_emb|rotary_value|gating|"
+    "apply_residual_connection_post_layernorm|do_layer_norm_before|add_(swa|full)_attention_sink_bias|use_attention_gate|"
+    "reorder_and_upcast_attn|scale_embedding|rescale_embeddings|tie_word_embeddings"
+)
+#: the same, for numbers that are None by default
+SWITCHED_ON = {
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 10.0,
+    "clip_qkv": 0.5,
+    "logit_scale": 0.5,
+    "softmax_scale": 0.3,
 }
 
 #: class -> fields of its config (a dot leads into a part of it) that the rules above do not get right
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # the default leaves out what the model needs
-    "CohereCompassForCausalLM": {
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _KINDS},
-        "layer_types": list(_KINDS) * 2,
-    },
     "Dots3NoteForCausalLM": {"per_layer_config": {2: {"kv_lora_rank": HIDDEN}, 3: {"kv_lora_rank": HIDDEN}}},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "HunYuanDenseV1ForCausalLM": {"head_dim": HEAD_DIM},
     "HunYuanMoEV1ForCausalLM": {"head_dim": HEAD_DIM},
+    "CohereCompassForCausalLM": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]} for kind in _KINDS
+        },
+        "layer_types": list(_KINDS) * 2,
+    },
     # the default has none of what makes the family
     "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
     "MllamaForCausalLM": {"cross_attention_layers": [1]},
@@ -151,9 +160,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16},
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": VOCABULARY, "num_hidden_layers": LAYERS},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 2 * HIDDEN, "mamba_n_heads": 8, "mamba_d_head": 16},
-    "Gemma4AssistantForCausalLM": {"text_config": _GEMMA4_DRAFT},
-    "Gemma4UnifiedAssistantForCausalLM": {"text_config": _GEMMA4_DRAFT},
     "GraniteMoeHybridForCausalLM": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "HrmTextForCausalLM": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 2, "L_bp_cycles": [1]},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 16},
     "ReformerModelWithLMHead": {
@@ -178,10 +186,31 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+#: classes that do not run on token ids alone -> why
+NOT_ALONE = {
+    "CsmDepthDecoderForCausalLM": "it continues the hidden states of another model (backbone_last_hidden_state)",
+    "Gemma4AssistantForCausalLM": "it reads the keys and values of another model (shared_kv_states)",
+    "Gemma4UnifiedAssistantForCausalLM": "it reads the keys and values of another model (shared_kv_states)",
+}
+
+#: language models that are not public by themselves -> their module
+UNEXPORTED = {
+    "Kosmos2TextForCausalLM": "kosmos2.modeling_kosmos2",
+    "Kosmos2_5TextForCausalLM": "kosmos2_5.modeling_kosmos2_5",
+}
+
+
+def find(name: str) -> type[PreTrainedModel]:
+    """The class of a name."""
+    module = UNEXPORTED.get(name)
+    return getattr(transformers if module is None else importlib.import_module(f"transformers.models.{module}"), name)
+
+
 def classes() -> list[str]:
     """Names of the causal language models of the installed transformers: its auto class's mapping, and every public
     class that says it is one."""
-    names = {name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)}
+    names = set(UNEXPORTED)
+    names |= {name for entry in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in _as_tuple(entry)}
     public = re.compile(r"(?!Auto|TF|Flax)\w+(ForCausalLM|LMHeadModel)")
     return sorted(names | {name for name in dir(transformers) if public.fullmatch(name)})
 
@@ -190,15 +219,15 @@ def _as_tuple(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, (tuple, list)) else (entry,)
 
 
-def small_config(cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The class's default config, made small.
+def small_config(cls: type[PreTrainedModel], *, switched: bool = False) -> PreTrainedConfig:
+    """The class's default config, made small, with `switched` every one of its switches the other way round.
 
     Raises:
         NotBuiltError: the config class does not take the small values.
     """
     exceptions = EXCEPTIONS.get(cls.__name__, {})
     try:
-        config = _shrink(cls.config_class, _defaults(cls.config_class, exceptions), exceptions)
+        config = _shrink(cls.config_class, _defaults(cls.config_class, exceptions), exceptions, switched)
     except Exception as error:
         raise NotBuiltError(f"config: {first_line(error)}") from error
     if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
@@ -213,7 +242,7 @@ def _defaults(cls: Any, exceptions: dict[str, Any]) -> PreTrainedConfig:
         return cls(**{name: value for name, value in exceptions.items() if "." not in name})
 
 
-def _shrink(cls: Any, default: PreTrainedConfig, exceptions: dict[str, Any]) -> PreTrainedConfig:
+def _shrink(cls: Any, default: PreTrainedConfig, exceptions: dict[str, Any], switched: bool) -> PreTrainedConfig:
     fields = {name: value for name, value in vars(default).items() if not name.startswith("_")}
     small: dict[str, Any] = {}
     kept = _kept_layers(fields)
@@ -223,7 +252,11 @@ def _shrink(cls: Any, default: PreTrainedConfig, exceptions: dict[str, Any]) -> 
             continue
         if isinstance(value, PreTrainedConfig):
             inner = {n.removeprefix(f"{name}."): v for n, v in exceptions.items() if n.startswith(f"{name}.")}
-            small[name] = _shrink(type(value), value, inner)
+            small[name] = _shrink(type(value), value, inner, switched)
+        elif switched and isinstance(value, bool) and SWITCHES.fullmatch(name):
+            small[name] = not value
+        elif switched and value is None and name in SWITCHED_ON:
+            small[name] = SWITCHED_ON[name]
         elif isinstance(value, (list, tuple)) and kept and len(value) == layers and name != "eos_token_id":
             small[name] = type(value)(_size(name, value[layer], fields) for layer in kept)
         else:
@@ -281,14 +314,22 @@ def _kept_layers(fields: dict[str, Any]) -> list[int]:
     return sorted(chosen)
 
 
-def make(name: str) -> PreTrainedModel:
+def make(name: str, *, switched: bool = False) -> PreTrainedModel:
     """A tiny random model of a class, on the CPU, in float32 and evaluation mode; the same weights every time.
+
+    Args:
+        switched: with the switches of its config the other way round.
 
     Raises:
         NotBuiltError: transformers cannot build it.
     """
-    cls = getattr(transformers, name)
-    config = small_config(cls)
+    if name in NOT_ALONE:
+        raise NotBuiltError(NOT_ALONE[name])
+    cls = find(name)
+    config = small_config(cls, switched=switched)
+    # its sdpa leaves the softcap out in older versions of transformers: that is not what the model computes
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"
     try:
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())

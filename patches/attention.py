@@ -49,7 +49,7 @@ def attend(
         scaling: of the logits, default 1 / sqrt(D). The other arguments are those of `ops.paged_attention`.
 
     Returns:
-        [B, Q, Hq, D], in the query's dtype; rows of pads are 0.
+        [B, Q, Hq, D] (D: of the values), in the query's dtype; rows of pads are 0.
     """
     rows = query.transpose(1, 2).flatten(0, 1)
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
@@ -74,7 +74,8 @@ def attend(
         v_scale=kv.v_scale,
     )
     assert isinstance(out, Tensor)
-    return out.to(query.dtype).unflatten(0, (query.shape[0], query.shape[2]))
+    out = out[..., : kv.value_dim].to(query.dtype)
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def _attention(

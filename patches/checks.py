@@ -155,7 +155,7 @@ def _after(tree: ast.FunctionDef, statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _shared_with_other_layers(tree: ast.FunctionDef) -> list[ast.AST]:
-    """Nodes that are put aside as they are, `shared[...] = key, value`, for layers without keys of their own (Gemma)."""
+    """Nodes that are put aside as they are, `shared[...] = key, value`, for layers without their own keys (Gemma)."""
     return [
         element
         for node in ast.walk(tree)
@@ -255,6 +255,7 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
     Returns:
         The cache, which knows what the candidates wrote, and whether `position_ids` left out mean 0, 1, 2 ...
     """
+    name = type(model).__name__
     cache = _Recorder()
     vocabulary = num_embeddings(model)  # special tokens, which a model may treat otherwise, stand at its ends
     ids = ((torch.arange(_PROBE_TOKENS, device=model.device) + vocabulary // 2) % vocabulary)[None]
@@ -270,17 +271,27 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
     try:
         with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{name} does not run on a stock cache ({type(error).__name__}: {error})"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
     if cache.writers and out.past_key_values is not cache:
-        raise UnsupportedModelError(f"{type(model).__name__} puts the cache that it is given into one of its own")
-    if not _accepts(model, "position_ids"):
-        return cache, True
-    positions = torch.arange(_PROBE_TOKENS, device=model.device)[None]
+        raise UnsupportedModelError(f"{name} puts the cache that it is given into one of its own")
+    # the same tokens and, in a second row, another last one: it must change nothing before itself
+    ids = torch.cat([ids, ids])
+    ids[1, -1] = ids[0, 0]
+    given = {"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True}
+    if _accepts(model, "position_ids"):
+        given["position_ids"] = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2, 1)
     with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
-        counted = model(input_ids=ids, position_ids=positions, past_key_values=DynamicCache(), use_cache=True).logits
-    return cache, match.relative_error(counted, out.logits) <= 1e-3
+        counted = model(**given).logits
+    limit = max(1e-3, 8 * torch.finfo(counted.dtype).eps)
+    if match.relative_error(counted[1, :-1], counted[0, :-1]) > limit:
+        raise UnsupportedModelError(f"{name} attends in both directions")
+    return cache, match.relative_error(counted[:1], out.logits) <= limit
 
 
 def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
@@ -315,7 +326,7 @@ def examine(model: PreTrainedModel, config: PagedConfig) -> ModelFacts:
         gaps_dense=windows or (recipe is not None and recipe.counts_columns),
         dense_after=recipe.dense_after(module) if recipe is not None else None,
         real_masks=recipe is not None,
-        pads_shift_positions=not (recipe is not None and recipe.relative) and not _accepts(model, "position_ids"),
+        pads_shift_positions=not (recipe is not None and recipe.relative) and not _hands_on_positions(model),
         own_positions=not default_positions,
     )
     return ModelFacts(
@@ -336,6 +347,20 @@ def _accepts(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(type(model).forward).parameters
 
 
+def _hands_on_positions(model: PreTrainedModel) -> bool:
+    """Whether `generate()` tells the model the positions of its tokens, pads left out."""
+    if not _accepts(model, "position_ids"):
+        return False
+    ids = torch.zeros(1, 3, dtype=torch.long, device=model.device)
+    mask, positions = (torch.tensor([row], device=model.device) for row in ([0, 1, 1], [0, 0, 1]))
+    given = {"attention_mask": mask, "position_ids": positions, "past_key_values": DynamicCache(), "use_cache": True}
+    try:
+        handed = model.prepare_inputs_for_generation(ids, is_first_iteration=True, **given).get("position_ids")
+    except Exception:  # it wants more than every model does: then it decides otherwise, too
+        return False
+    return isinstance(handed, Tensor) and torch.equal(handed.reshape(-1, 3)[-1:], positions)
+
+
 def _candidates(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The modules whose forward says that they update a cache."""
     return {
@@ -348,8 +373,8 @@ def _candidates(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _attention_modules(
     model: PreTrainedModel, candidates: dict[str, nn.Module], cache: _Recorder
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """The modules that attend in the cache, and the one that writes each of its layers. What did not run (cross-attention
-    without an encoder) does not count.
+    """The modules that attend in the cache, and the one that writes each of its layers. What did not run does not count
+    (cross-attention without an encoder).
 
     Raises:
         UnsupportedModelError: there are none, or one of them cannot run on pages.
@@ -371,8 +396,8 @@ def _attention_modules(
     missing = sorted(set(range(len(cache.layers))) - cache.writers.keys())
     if missing:
         raise UnsupportedModelError(
-            f"{kind}: layers {', '.join(map(str, missing))} of its cache keep no keys and values: a hybrid model, or one "
-            "with cross-attention"
+            f"{kind}: layers {', '.join(map(str, missing))} of its cache keep no keys and values: a hybrid model, or "
+            "one with cross-attention"
         )
     return found, [cache.writers[layer] for layer in range(len(cache.layers))]
 
@@ -384,13 +409,13 @@ def _shapes(
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     specs = []
     for path, (key, value) in zip(writers, layers, strict=True):
-        if key.shape != value.shape:
+        if key.shape[:3] != value.shape[:3] or key.shape[3] < value.shape[3]:
             raise UnsupportedModelError(
                 f"{name}: {path} has keys of {key.shape[1]} x {key.shape[3]}, values of {value.shape[1]} x "
-                f"{value.shape[3]} (heads x head_dim); they need to be alike"
+                f"{value.shape[3]} (heads x head_dim); they need as many heads, and values that are no larger"
             )
         try:
-            specs.append(LayerSpec(key.shape[1], key.shape[3]))
+            specs.append(LayerSpec(key.shape[1], key.shape[3], value.shape[3] if key.shape != value.shape else None))
         except ValueError as error:
             raise UnsupportedModelError(f"{name}: {path}: {error}") from None
     return tuple(specs), layers[0][0].dtype
@@ -413,7 +438,8 @@ def _dense_modules(
         if kind == "chunked_attention":
             yield path, "chunked attention is known from the mask alone"
         elif (kind == "sliding_attention" or everywhere) and form and "sliding_window" not in form.keywords:
-            if not any(_masks_by_window(type(part)) for part in model.modules()):
+            kinds: list[Any] = [type(part) for part in model.modules()]
+            if not any(map(_masks_by_window, kinds)):
                 raise UnsupportedModelError(
                     f"{type(model).__name__}: its sliding window is neither in the mask nor in the attention: only "
                     "transformers' own cache drops what is outside"
@@ -422,7 +448,7 @@ def _dense_modules(
 
 
 @functools.cache
-def _masks_by_window(cls: type) -> bool:
+def _masks_by_window(cls: Any) -> bool:
     """True for a model whose forward makes a mask with a sliding window."""
     tree = match.function_tree(cls.forward) if issubclass(cls, PreTrainedModel) else None
     return tree is not None and any(

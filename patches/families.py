@@ -127,6 +127,48 @@ def _jetmoe(
     return self.experts.reduce(out, topology).view(*hidden_states.shape[:-1], -1), None, router_logits
 
 
+def _diffllama(
+    self: Any,
+    kv: PagedLayer,
+    cache: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **_: Any,
+) -> Any:
+    shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    query, key, value = (
+        project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    rotate = type(self).forward.__globals__["apply_rotary_pos_emb"]
+    query, key = rotate(query, key, *position_embeddings)
+    kv, _ = cache.update(key, value, self.layer_idx)
+    # either half of the value heads is read by all queries: those of the lower keys, those of the upper ones
+    half = key.shape[1] // 2
+    halves = slice(half), slice(half, None)
+
+    def read(values: slice) -> Tensor:
+        parts = zip(query.chunk(2, 1), halves)
+        return torch.cat([attend(_heads(kv, keys, values), q, scaling=self.scaling) for q, keys in parts], 2)
+
+    first, second = torch.cat([read(values) for values in halves], -1).chunk(2, 2)
+    first_weight, second_weight = (
+        torch.exp(torch.sum(q * k, dim=-1, dtype=torch.float32)).to(query.dtype)
+        for q, k in ((self.lambda_q1, self.lambda_k1), (self.lambda_q2, self.lambda_k2))
+    )
+    out = first - (first_weight - second_weight + self.lambda_init) * second
+    return self.o_proj(((1 - self.lambda_init) * self.groupnorm(out)).flatten(2)), None
+
+
+def _heads(kv: PagedLayer, keys: slice, values: slice) -> PagedLayer:
+    """Some key heads with some value heads."""
+    return kv._replace(
+        key_cache=kv.key_cache[:, :, keys],
+        value_cache=kv.value_cache[:, :, values],
+        k_scale=None if kv.k_scale is None else kv.k_scale[:, :, keys],
+        v_scale=None if kv.v_scale is None else kv.v_scale[:, :, values],
+    )
+
+
 def _inner(self: Any, query: Tensor, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
     """Bound as `_attn`: [B, H, Q, D] -> ([B, H, Q, D], weights or None)."""
     if not isinstance(key, PagedLayer):
@@ -210,6 +252,7 @@ RECIPES: dict[str, Recipe] = {
     # the model builds its bias with this default, whatever its config says
     "MptAttention": Recipe(_mpt, slopes=lambda m: mpt_slopes(m.n_heads, 8), counts_columns=True, relative=True),
     "JetMoeAttention": Recipe(_jetmoe),
+    "DiffLlamaAttention": Recipe(_diffllama),
     "CodeGenAttention": Recipe(None, scaling=lambda m: 1 / float(m.scale_attn)),
     "GPTJAttention": Recipe(None, scaling=lambda m: 1 / float(m.scale_attn)),
     "GPTNeoXJapaneseAttention": Recipe(None, scaling=lambda m: 1 / float(m.norm_factor)),
@@ -220,8 +263,7 @@ RECIPES: dict[str, Recipe] = {
         counts_columns=True,
     ),
 } | {
-    f"{family}SelfAttention": Recipe(_bert)
-    for family in ("BigBird", "BlipText", "Git", "MegatronBert", "RemBert", "RoFormer")
+    f"{family}SelfAttention": Recipe(_bert) for family in ("BigBird", "BlipText", "MegatronBert", "RemBert", "RoFormer")
 }
 RECIPES |= {f"{family}Attention": Recipe(_bart) for family in ("Mvp", "TrOCR", "XGLM")}
 
@@ -229,7 +271,8 @@ RECIPES |= {f"{family}Attention": Recipe(_bart) for family in ("Mvp", "TrOCR", "
 def bind(module: nn.Module, log: PatchLog) -> None:
     """Let a module of a family run on pages."""
     recipe = RECIPES[type(module).__name__]
-    arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    cls: Any = type(module)
+    arguments = tuple(inspect.signature(cls.forward).parameters)[1:]
     slopes = recipe.slopes(module)
     bound = Bound(
         arguments=arguments,

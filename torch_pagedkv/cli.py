@@ -36,6 +36,7 @@ FORWARDED = {  # commands that parse their own options, so that `env` starts wit
     "eval": ("torch_pagedkv.evals.harness", "lm-eval on stock and patched variants of a model"),
     "report": ("torch_pagedkv.evals.report", "a page and a picture of what eval measured"),
     "lm-eval": ("torch_pagedkv.evals.lm", "lm-eval's own command line, with --model pagedkv"),
+    "coverage": ("torch_pagedkv.evals.coverage", "patch every causal language model of transformers, tiny and random"),
 }
 
 

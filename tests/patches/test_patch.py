@@ -15,6 +15,7 @@ import transformers as hf
 from torch import nn
 
 import torch_pagedkv
+from torch_pagedkv.evals import shrink
 from torch_pagedkv.patches import UnsupportedModelError, attention, checks, is_patched
 
 _SMALL = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -202,14 +203,9 @@ def test_architectures_without_a_key_value_cache_of_their_own() -> None:
         num_key_value_heads=2,
     )
     refused(hf.DeepseekV3ForCausalLM(latent), "multi-head latent attention")
-    refused(
-        hf.GPTJForCausalLM(hf.GPTJConfig(vocab_size=32, n_positions=32, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)),
-        "does not go through the attention interface",
-    )
-    refused(
-        hf.DiffLlamaForCausalLM(hf.DiffLlamaConfig(**_SMALL, intermediate_size=32, num_key_value_heads=2)),
-        "changes or keeps keys and values after update",
-    )
+    refused(shrink.make("GitForCausalLM"), "does not go through the attention interface")
+    refused(shrink.make("MiniMaxM3VLForCausalLM"), "changes or keeps keys and values after update")
+    refused(shrink.make("MoshiForCausalLM"), "only transformers' own cache drops what is outside")
     crossed = hf.GPT2Config(vocab_size=32, n_positions=32, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
     refused(hf.GPT2LMHeadModel(crossed), "cross-attention")
 

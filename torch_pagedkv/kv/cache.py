@@ -24,6 +24,7 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
 
@@ -43,6 +44,7 @@ class PagedLayer(NamedTuple):
     k_scale: Tensor | None  # float32 [num_blocks, block_size, Hkv] of a quantised cache
     v_scale: Tensor | None
     step: PagedStep
+    value_dim: int | None = None  # elements of a value, if fewer than of a key
 
     def to(self, *args: Any, **kwargs: Any) -> PagedLayer:
         """Itself: layers that share keys and values say `.to(device)`, and a patched model is on one."""
@@ -171,7 +173,7 @@ class PagedCache(Cache):
                     self._given.append(found)
                     matched.append(found)
                     self.manager.append([(seq, length - found)])
-                if skip and regular:
+                if skip and regular and not (self.manager.rules.pads_shift_positions and min(lengths) < columns):
                     self._base = min((columns - n + m for n, m in zip(lengths, matched)), default=0)
                     self._base = max(0, min(self._base, columns - 1))
                     self._skipped_of = columns if self._base else 0
@@ -492,13 +494,15 @@ class PagedCache(Cache):
             )
         pool = self.manager.pool
         if not pool.is_quantized:
-            return PagedLayer(pool.key_caches[layer_idx], pool.value_caches[layer_idx], None, None, self.step)
+            caches = pool.key_caches[layer_idx], pool.value_caches[layer_idx]
+            return PagedLayer(*caches, None, None, self.step, pool.specs[layer_idx].value_dim)
         return PagedLayer(
             pool.key_caches[layer_idx],
             pool.value_caches[layer_idx],
             pool.key_scales[layer_idx],
             pool.value_scales[layer_idx],
             self.step,
+            pool.specs[layer_idx].value_dim,
         )
 
     def update(
@@ -515,6 +519,8 @@ class PagedCache(Cache):
         layer = self.layer(layer_idx)
         dtype = self.manager.dtype
         value = _rows(value_states, dtype)
+        if layer.value_dim is not None:
+            value = F.pad(value, (0, layer.key_cache.shape[-1] - layer.value_dim))
         rotary, self.pending_rotary = self.pending_rotary, None
         if rotary is not None and rotary.key_states is not key_states:
             raise RuntimeError("the key states are not those of the rotation handed on to this cache")
@@ -578,7 +584,7 @@ class PagedCache(Cache):
         if view.place is not None:
             rows = torch.arange(batch, device=view.place.device)[:, None]
             key, value = (x[rows, view.place] * view.shown for x in (key, value))
-        return key.transpose(1, 2), value.transpose(1, 2)
+        return key.transpose(1, 2), value[..., : layer.value_dim].transpose(1, 2)
 
     # ---- prefixes ----------------------------------------------------------------------------------------------------
 

@@ -45,16 +45,20 @@ class LayerSpec:
     Attributes:
         num_kv_heads: heads of K and V, >= 1 (the local ones under tensor parallelism).
         head_dim: elements a head, a multiple of 8, at most 256.
+        value_dim: elements of a value, if fewer than of a key: the rest is stored as zeros.
     """
 
     num_kv_heads: int
     head_dim: int
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1:
             raise ValueError(f"num_kv_heads must be >= 1, got {self.num_kv_heads}")
         if not 0 < self.head_dim <= _MAX_HEAD_DIM or self.head_dim % 8:
             raise ValueError(f"head_dim must be a multiple of 8 from 8 to {_MAX_HEAD_DIM}, got {self.head_dim}")
+        if self.value_dim is not None and not 0 < self.value_dim < self.head_dim:
+            raise ValueError(f"value_dim must be None or below head_dim ({self.head_dim}), got {self.value_dim}")
 
 
 def _storage_dtype(dtype: torch.dtype, cache_dtype: str | None) -> torch.dtype:
