@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -46,7 +45,7 @@ import torch_pagedkv
 from torch_pagedkv.cli import positive
 from torch_pagedkv.ops.cache import quantize_rows
 
-from . import demo, machine, models, prompts, render, trace
+from . import command, demo, machine, models, prompts, render, trace
 
 CHECKS = ("tokens", "logits", "kv")
 KV_FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -427,7 +426,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.half = args.half or (["bf16"] if model.device.type == "cpu" else ["bf16", "fp16"])
     result: dict[str, Any] = {
         "eval": "accuracy",
-        "model": Path(args.model).name if Path(args.model).is_dir() else args.model,
+        "model": command.model_name(args.model),
         "device": args.device,
         "dtype": args.dtype,
         "machine": machine.describe(args.device, args.argv),
@@ -516,22 +515,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 if a gate fails, with a line on stderr for each."""
-    args = parser().parse_args(argv)
-    args.argv = None if argv is None else ["python", "-m", "torch_pagedkv.evals.accuracy", *argv]
-    try:
-        result = run(args)
-    except models.UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    print(f"{result['model']}; {machine.summary(result['machine'])}")
-    for rows in tables(result).values():
-        print(f"\n{render.text(rows)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    for line in result["failures"]:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return int(bool(result["failures"]))
+    return command.main(parser(), run, tables, argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 import torch_pagedkv
 from torch_pagedkv.cli import positive
 
-from . import demo, machine, models, prompts, render
+from . import command, demo, machine, models, prompts, render
 from .speed import RANDOM, Inputs, at_least_two, random_model
 
 
@@ -227,21 +226,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 if tokens differ in fp32 or a prompt's length was compiled again."""
-    args = parser().parse_args(argv)
-    args.argv = None if argv is None else ["python", "-m", "torch_pagedkv.evals.compiled", *argv]
-    try:
-        result = run(args)
-    except models.UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    print(f"{result['model']}; {machine.summary(result['machine'])}")
-    print(f"\n{render.text(tables(result)['compiled'])}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    for line in result["failures"]:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return int(bool(result["failures"]))
+    return command.main(parser(), run, tables, argv)
 
 
 if __name__ == "__main__":

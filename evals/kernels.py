@@ -36,7 +36,7 @@ from tqdm import tqdm
 from torch_pagedkv import ops
 from torch_pagedkv.cli import positive
 
-from . import machine, render
+from . import command, machine, render
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -978,9 +978,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nlimits: copy {of['GB/s']:.0f} GB/s, matrix product {of['TFLOP/s']:.2f} TFLOP/s; * not in a CUDA graph")
     print(machine.summary(result["machine"]))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        command.write(args.json, result)
     wrong = [row for row in result["rows"] if row["wrong"]]
     for row in wrong:
         print(f"WRONG: {row['op']} {row['shape']}: {row.get('failed', row.get('error'))}", file=sys.stderr)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import harness, machine, models
+from . import command, comparison, machine, metrics, models
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
@@ -58,8 +58,8 @@ def read(file: Path) -> dict[str, Any]:
 def points(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """What is drawn: for each task its main metric's rows, one a variant."""
     chosen: dict[str, list[dict[str, Any]]] = {}
-    for row in harness.rows(result):
-        if row["metric"] == harness.primary(result, row["task"]):
+    for row in comparison.rows(result):
+        if row["metric"] == comparison.primary(result, row["task"]):
             chosen.setdefault(f"{row['task']}, {row['metric']}", []).append(row)
     return chosen
 
@@ -70,7 +70,7 @@ def picture(result: dict[str, Any]) -> bytes:
     Raises:
         UserError: matplotlib is not installed.
     """
-    harness.require("matplotlib")
+    command.require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,8 +111,8 @@ def draw_differences(
     axis: Any, rows: Sequence[dict[str, Any]], baseline: str, colours: Sequence[str], order: dict[str, int]
 ) -> None:
     """Differences to the baseline with the standard errors of pairs, a line each."""
-    drawn = [(row, found) for row in rows if (found := harness.difference(row)) is not None]
-    scale = 100.0 if rows and harness.is_perplexity(rows[0]["entry"]) else 1.0
+    drawn = [(row, found) for row in rows if (found := comparison.difference(row)) is not None]
+    scale = 100.0 if rows and metrics.is_perplexity(rows[0]["entry"]) else 1.0
     for i, (row, (value, error)) in enumerate(drawn):
         colour = colours[order[row["variant"]] % len(colours)]
         bar = None if error is None else [scale * error]
@@ -127,7 +127,7 @@ def draw_differences(
 
 def page(result: dict[str, Any], png: bytes) -> str:
     """The page as HTML."""
-    tables = harness.tables(result)
+    tables = comparison.tables(result)
     options = {name: value for name, value in result["options"].items() if value not in (None, False)}
     runs = {run["task"]: run for run in result["runs"]}
     sources = [
@@ -189,8 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = read(args.result)
         png = picture(result)
     except models.UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return command.refuse(problem)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".png").write_bytes(png)
     out.write_text(page(result, png))

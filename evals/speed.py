@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import torch_pagedkv
 from torch_pagedkv.cli import positive
 
-from . import demo, machine, models, prompts, render, trace
+from . import command, demo, machine, models, prompts, render, trace
 
 SIDES = ("stock", "patched")
 FIRST = (64, 512)  # tokens of the prompts whose first token is timed
@@ -226,7 +225,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     name = f"{args.random}, random weights" if args.random else args.model
     return {
         "eval": "speed",
-        "model": Path(name).name if Path(name).is_dir() else name,
+        "model": command.model_name(name),
         "device": str(device),
         "machine": machine.describe(device, args.argv),
         "cases": measured,
@@ -321,22 +320,7 @@ def at_least_two(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 if tokens differ in fp32, where they must not."""
-    args = parser().parse_args(argv)
-    args.argv = None if argv is None else ["python", "-m", "torch_pagedkv.evals.speed", *argv]
-    try:
-        result = run(args)
-    except models.UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    print(f"{result['model']}; {machine.summary(result['machine'])}")
-    for rows in tables(result).values():
-        print(f"\n{render.text(rows)}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-    for line in result["failures"]:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return int(bool(result["failures"]))
+    return command.main(parser(), run, tables, argv)
 
 
 if __name__ == "__main__":

@@ -253,6 +253,7 @@ def test_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert speed.main([*SPEED, "--batches", "1", "4", "--json", str(report)]) == 0
     assert torch.get_num_threads() == threads
     result = json.loads(report.read_text())
+    assert result["machine"]["command"].startswith("python -m torch_pagedkv.evals.speed --random tiny --device cpu ")
     assert [(case["dtype"], case["batch"]) for case in result["cases"]] == [
         ("fp32", 1), ("fp32", 4), ("bf16", 1), ("bf16", 4)
     ]  # fmt: skip

