@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     return {
         "eval": "compiled",
-        "model": f"{args.random}, random weights" if args.random else args.model,
+        "model": f"{args.random}, random weights" if args.random else command.model_name(args.model),
         "device": str(device),
         "dtype": dtype,
         "batch": args.batch,
