@@ -63,6 +63,7 @@ def test_uncommon_shapes_in_a_quantised_cache(name: str) -> None:
     torch_pagedkv.patch(model, block_size=coverage.BLOCK_SIZE, kv_cache_dtype="int8")
     got = model(**inputs, past_key_values=torch_pagedkv.PagedCache(model), use_cache=True)
     assert match.relative_error(got.logits[mask], want[mask]) < 0.05
+    del got
     model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False)
     assert model.paged_cache.stats()["used"] == 0
 
