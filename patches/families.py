@@ -160,12 +160,12 @@ def _diffllama(
 
 
 def _heads(kv: PagedLayer, keys: slice, values: slice) -> PagedLayer:
-    """Some key heads with some value heads."""
+    """Some key heads with some value heads. The op reads the caches as they lie; scales it wants dense."""
     return kv._replace(
         key_cache=kv.key_cache[:, :, keys],
         value_cache=kv.value_cache[:, :, values],
-        k_scale=None if kv.k_scale is None else kv.k_scale[:, :, keys],
-        v_scale=None if kv.v_scale is None else kv.v_scale[:, :, values],
+        k_scale=None if kv.k_scale is None else kv.k_scale[:, :, keys].contiguous(),
+        v_scale=None if kv.v_scale is None else kv.v_scale[:, :, values].contiguous(),
     )
 
 

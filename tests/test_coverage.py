@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+import torch_pagedkv
 from torch_pagedkv.evals import coverage, shrink
-from torch_pagedkv.patches import attention
+from torch_pagedkv.patches import attention, match
 
 #: class -> what it stands for; all are in every supported version of transformers
 PAGED = {
@@ -50,6 +51,21 @@ def test_switches_the_other_way_round() -> None:
     assert row["result"] == row["switched"] == coverage.PAGED
     config = shrink.make("Qwen2ForCausalLM", switched=True).config
     assert config.use_sliding_window and config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["MiMoV2FlashForCausalLM", "DiffLlamaForCausalLM", "Gemma4ForCausalLM"])
+@torch.no_grad()
+def test_uncommon_shapes_in_a_quantised_cache(name: str) -> None:
+    """Padded values, narrowed heads, shared layers: int8 stays near, and beams give their blocks back."""
+    model, inputs = shrink.make(name), coverage.batch(coverage.LENGTHS, seed=3)
+    want = model(**inputs, use_cache=True).logits
+    mask = inputs["attention_mask"].bool()
+    torch_pagedkv.patch(model, block_size=coverage.BLOCK_SIZE, kv_cache_dtype="int8")
+    got = model(**inputs, past_key_values=torch_pagedkv.PagedCache(model), use_cache=True)
+    assert match.relative_error(got.logits[mask], want[mask]) < 0.05
+    del got
+    model.generate(**inputs, max_new_tokens=6, num_beams=3, do_sample=False)
+    assert model.paged_cache.stats()["used"] == 0
 
 
 def test_partly_paged() -> None:
