@@ -8,9 +8,10 @@ runs with the stock mask.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +139,22 @@ for _name, _stock in STOCK.items():
 def stock_name(name: str | None) -> str:
     """The stock implementation behind a name in a config: an unpickled model's still says ours."""
     return STOCK.get(name or "eager", name or "eager")
+
+
+@contextlib.contextmanager
+def stock_names(model: PreTrainedModel) -> Iterator[None]:
+    """For a while the configs of a patched model name the stock attention, which code that knows no other asks for."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(vars(m).get("config"), PreTrainedConfig)}
+    names = [
+        (vars(c), name) for c in configs.values() if (name := vars(c).get("_attn_implementation_internal")) in STOCK
+    ]
+    for namespace, name in names:
+        namespace["_attn_implementation_internal"] = STOCK[name]
+    try:
+        yield
+    finally:
+        for namespace, name in names:
+            namespace["_attn_implementation_internal"] = name
 
 
 def _carry_over(copied: PreTrainedConfig, original: PreTrainedConfig, snapshot: dict[str, Any]) -> None:

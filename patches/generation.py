@@ -26,7 +26,7 @@ from ..config import PagedConfig
 from ..kv.blocks import Salt
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
-from . import compiled
+from . import attention, compiled
 from .log import PatchLog
 
 if TYPE_CHECKING:
@@ -226,6 +226,18 @@ def _prepare_cache_for_generation(
         if not _ids_decide(driver.calls[-1] if driver.calls else None, model_kwargs):
             given.stop_sharing()
     return result
+
+
+@contextlib.contextmanager
+def _continuous_batching_context_manager(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """transformers' continuous batching (`generate_batch`) has a paged cache of its own and takes the attention
+    functions it knows."""
+    with (
+        _turn(manager_of(self)),
+        attention.stock_names(self),
+        _call_before(self, "continuous_batching_context_manager", *args, **kwargs) as batching,
+    ):
+        yield batching
 
 
 def _valid_auto_compile_criteria(self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
@@ -493,6 +505,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "_prepare_cache_for_generation": _prepare_cache_for_generation,
     "_expand_inputs_for_generation": _expand_inputs_for_generation,
     "_valid_auto_compile_criteria": _valid_auto_compile_criteria,
+    "continuous_batching_context_manager": _continuous_batching_context_manager,
 }
 
 
@@ -522,5 +535,6 @@ def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: P
     compiled.let_wrappers_generate()
     for name, method in _METHODS.items():
         log.bind(model, name, _with_signature(method, type(model), name))
-        if not name.startswith("_"):
+        if name in ("generate", "forward"):
             log.runs(name, "generation", "paged cache")
+    log.kept("generate_batch", "generation", "transformers' continuous batching, on its own cache and stock attention")
