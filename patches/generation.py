@@ -23,10 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..config import PagedConfig
-from ..kv.blocks import Salt
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
-from . import attention, compiled
+from . import attention, compiled, state, turns
 from .log import PatchLog
 
 if TYPE_CHECKING:
@@ -109,49 +108,10 @@ def _call_before(model: PreTrainedModel, name: str, *args: Any, **kwargs: Any) -
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
-_turns = threading.local()
-
-
-@contextlib.contextmanager
-def _turn(manager: CacheManager) -> Iterator[None]:
-    """One generate() of a model at a time."""
-    held: list[CacheManager] = vars(_turns).setdefault("held", [])
-    before = len(held)
-    if before:
-        _swap(held, manager)
-    with manager.turn:
-        if before:
-            manager.turn.release()
-        try:
-            held.append(manager)
-            yield
-        finally:
-            del held[before:]
-
-
-def _swap(held: list[CacheManager], manager: CacheManager) -> None:
-    """Takes one lock more. A thread that would wait for it lets go of those it has: somebody who has this one may wait
-    for them. Between its forward passes, others may use their caches."""
-    if manager.turn.acquire(blocking=False):
-        return
-    taken: list[CacheManager] = []
-    for one in held:
-        one.turn.release()
-    try:
-        for one in sorted((*held, manager), key=id):
-            one.turn.acquire()
-            taken.append(one)
-    except BaseException:  # interrupted while it waits
-        for one in taken:
-            one.turn.release()
-        for one in sorted(held, key=id):
-            one.turn.acquire()
-        raise
-
 
 def _generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     driver, manager = driver_of(self), manager_of(self)
-    with _turn(manager):
+    with turns.turn(manager):
         call = Call(_explicit(self, args, kwargs))
         driver.calls.append(call)
         try:
@@ -233,7 +193,7 @@ def _continuous_batching_context_manager(self: PreTrainedModel, *args: Any, **kw
     """transformers' continuous batching (`generate_batch`) has a paged cache of its own and takes the attention
     functions it knows."""
     with (
-        _turn(manager_of(self)),
+        turns.turn(manager_of(self)),
         attention.stock_names(self),
         _call_before(self, "continuous_batching_context_manager", *args, **kwargs) as batching,
     ):
@@ -304,9 +264,12 @@ def _start_cache(
         and call.explicit.get("custom_generate") is None
     )
     if match:
-        _follow_weights(model, driver, manager)
+        fingerprint = state.fingerprint(model)
+        if driver.weights not in (None, fingerprint):
+            manager.reset_prefixes()
+        driver.weights = fingerprint
     cache = PagedCache(manager, expected_tokens=min(max_cache_length + 1, columns + 4096))
-    salt = _salt(model, driver.config.salt) if match else None
+    salt = state.salted(model, driver.config.salt) if match else None
     call.caches.append(cache)
     cache.start(ids if decided else None, mask, batch=batch, columns=columns, salt=salt, match=match, skip=skip)
     cache.trusted = True
@@ -317,53 +280,6 @@ def _follow_model(model: PreTrainedModel) -> None:
     """Moves the pool after the model, if it moved. Keys and values may be of another dtype than the parameters."""
     parameters, states = driver_of(model).dtypes
     manager_of(model).follow(states if model.dtype == parameters else model.dtype, model.device)
-
-
-def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManager) -> None:
-    """Forgets the prefixes of another state of the model: trained, loaded, merged, hooked, rewired."""
-    config = vars(model.config.get_text_config(decoder=True))  # the number of layers to run, for example
-    parts: list[Any] = [(name, value) for name, value in config.items() if type(value) in _SCALARS]
-    samples: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for module in model.modules():
-        state = vars(module)
-        parts += [id(type(module)), id(state.get("forward")), *module._forward_hooks, *module._forward_pre_hooks]
-        # switches and scales of adapters that nobody registered with us
-        parts += [value for value in state.values() if type(value) in _SCALARS]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                parts += [tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version]
-                samples.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor))
-    # `tensor.data` and inference mode change numbers without a new version
-    parts += [bytes(torch.cat(some).view(torch.uint8).tolist()) for some in samples.values()]
-    fingerprint = hash(tuple(parts))
-    if driver.weights != fingerprint:
-        if driver.weights is not None:
-            manager.reset_prefixes()
-        driver.weights = fingerprint
-
-
-_SCALARS = (bool, int, float, str)
-_SAMPLES = 8
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """Up to 8 elements of a tensor, spread over it; none if it is not dense in memory or more than a plain tensor."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
-    count = tensor.numel()
-    if not plain or not count or not (tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous())):
-        return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    taken = min(count, _SAMPLES)
-    return tensor.detach().as_strided((taken,), (max(1, (count - 1) // max(1, taken - 1)),))
-
-
-def _salt(model: PreTrainedModel, salt: Salt) -> Salt:
-    """The user's salt and the adapters that are active (PEFT's layers know them)."""
-    adapters = [
-        (name, repr(active), *(repr(getattr(module, what, None)) for what in ("disable_adapters", "merged", "scaling")))
-        for name, module in model.named_modules()
-        if not isinstance(module, PreTrainedModel) and (active := getattr(module, "active_adapters", None)) is not None
-    ]
-    return repr((salt, adapters)) if adapters else salt
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------

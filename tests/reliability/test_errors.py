@@ -217,7 +217,7 @@ def interrupt_at(line: int) -> Iterator[list[int]]:
     count = [0]
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(_OURS) or frame.f_code.co_name == "_turn":
+        if not frame.f_code.co_filename.startswith(_OURS) or frame.f_code.co_name == "turn":
             return None
         # Python looks for signals at calls and jumps, never between the end of a block and what its `with` does then
         here = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
