@@ -358,14 +358,15 @@ inline void check_int4_dequantize(const Tensor& packed, const Tensor& scales, co
 template <size_t count>
 inline int check_int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
                              const OptTensor& offsets, const OptTensor& perm, const OptTensor& bias,
-                             const OptTensor& residual, int64_t group_size, const std::string& activation,
+                             const OptTensor& residual, int64_t group_size, int64_t in_features,
+                             const std::string& activation,
                              const char* const (&activations)[count]) {
   const char* op = "int4_linear";
   check_float(op, "x", x);
-  PAGEDKV_CHECK(x.dim() >= 1, op, "x", "a 0-dimensional tensor", "[..., K]");
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, op, "x", "shape " << shape_of(x),
+                "[..., in_features] with in_features = ", in_features);
   if (perm.has_value()) check_shape(op, "perm", *perm, {-1}, "[K]");
-  check_int4(op, packed, scales, zeros, offsets, perm, group_size,
-             perm.has_value() ? perm->size(0) : x.size(x.dim() - 1));
+  check_int4(op, packed, scales, zeros, offsets, perm, group_size, perm.has_value() ? perm->size(0) : in_features);
   check_device(op, "scales", scales, "x", x);
   if (bias.has_value()) check_vector(op, "bias", *bias, scales.size(1), x.scalar_type(), "x", x);
   if (residual.has_value()) {

@@ -110,9 +110,9 @@ constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh"};
 constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
 
 Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
-                   OptTensor bias, OptTensor residual, int64_t group_size, std::string activation) {
-  const int act = check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, activation,
-                                    kActivations);
+                   OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
+                   std::string activation) {
+  const int act = check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features, activation, kActivations);
   const int type = row_type(x);
   const auto x_sizes = x.sizes();
   std::vector<int64_t> sizes(x_sizes.begin(), x_sizes.end());

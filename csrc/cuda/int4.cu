@@ -155,12 +155,12 @@ Tensor int4_dequantize_cuda(Tensor packed, Tensor scales, OptTensor zeros, OptTe
 }
 
 Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
-                        OptTensor bias, OptTensor residual, int64_t group_size, std::string activation) {
+                        OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
+                   std::string activation) {
   static constexpr const char* kNames[] = {"none", "silu", "gelu", "gelu_tanh"};
   static constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
   Int4Params p{};
-  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, activation,
-                                  kNames)];
+  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features, activation, kNames)];
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t last = x.dim() - 1, k0 = x.size(last);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
