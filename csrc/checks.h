@@ -359,8 +359,7 @@ template <size_t count>
 inline int check_int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
                              const OptTensor& offsets, const OptTensor& perm, const OptTensor& bias,
                              const OptTensor& residual, int64_t group_size, int64_t in_features,
-                             const std::string& activation,
-                             const char* const (&activations)[count]) {
+                             const std::string& activation, const char* const (&activations)[count]) {
   const char* op = "int4_linear";
   check_float(op, "x", x);
   PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, op, "x", "shape " << shape_of(x),
@@ -372,8 +371,8 @@ inline int check_int4_linear(const Tensor& x, const Tensor& packed, const Tensor
   if (residual.has_value()) {
     bool ok = residual->dim() == x.dim() && residual->size(x.dim() - 1) == scales.size(1);
     for (int64_t i = 0; ok && i + 1 < x.dim(); ++i) ok = residual->size(i) == x.size(i);
-    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual), "the result's shape: x's with N = ",
-                  scales.size(1), " as its last size");
+    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual),
+                  "the result's shape: x's with N = ", scales.size(1), " as its last size");
     check_same_dtype(op, "residual", *residual, "x", x);
     check_device(op, "residual", *residual, "x", x);
   }
