@@ -125,8 +125,8 @@ Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptT
   const Rows in(x);
   const int32_t* order = check_perm("int4_linear", perm, in.n);
   const int64_t k = order ? perm->size(0) : in.n, item = kRowTypeSize[type];
-  const OptTensor added =
-      residual.has_value() && !residual->is_contiguous() ? OptTensor(torch::stable::contiguous(*residual)) : residual;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   Int4Task task{};
   task.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   task.s.scales = scales.const_data_ptr();

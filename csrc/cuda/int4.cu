@@ -184,8 +184,8 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
   }
   Tensor input = even ? x : torch::stable::contiguous(x);
   p.x_stride = even ? stride : k0;
-  const OptTensor added =
-      residual.has_value() && !residual->is_contiguous() ? OptTensor(torch::stable::contiguous(*residual)) : residual;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
   p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
