@@ -9,7 +9,8 @@ namespace pagedkv {
 
 // Inputs come in chunks, over which sums are taken before they are scaled; all of a chunk is in one group.
 constexpr int64_t kInt4Chunk = 128;
-// Rows of x that are worked on at once.
+// Rows of x that are worked on at once: their chunk, totals and the panel of weights just about fit a first-level
+// cache.
 constexpr int64_t kInt4Rows = 128;
 
 struct Int4Scales {

@@ -10,7 +10,8 @@
 // bfloat16 pairs for vdpbf16ps, or 16 as float32; without AVX-512 two shifts sign-extend a nibble.
 //
 // Few rows: words are taken apart in registers, each once for all rows. More rows: a chunk of a block of outputs is
-// taken apart once into the first-level cache (16 KiB), then multiplied with blocks of rows as in any matrix product.
+// taken apart once into the first-level cache (16 or 32 KiB), then multiplied with blocks of rows as in any matrix
+// product.
 //
 // Floor: few rows, bytes of W / memory bandwidth; many, the multiply-adds.
 #include "../int4.h"
