@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common.h"
+#include "int4.h"
 
 namespace pagedkv {
 
@@ -45,7 +46,8 @@ inline void check_same_dtype(const char* op, const char* arg, const Tensor& t, c
   PAGEDKV_CHECK(t.scalar_type() == o.scalar_type(), op, arg, dtype_of(t), other, "'s dtype, ", dtype_of(o));
 }
 inline void check_device(const char* op, const char* arg, const Tensor& t, const char* other, const Tensor& o) {
-  PAGEDKV_CHECK(device_of(t) == device_of(o), op, arg, device_of(t), other, "'s device, ", device_of(o));
+  const bool same = t.is_cuda() == o.is_cuda() && (!t.is_cuda() || t.get_device_index() == o.get_device_index());
+  PAGEDKV_CHECK(same, op, arg, device_of(t), other, "'s device, ", device_of(o));  // naming them costs 0.1 us
 }
 inline void check_inner(const char* op, const char* arg, const Tensor& t) {
   PAGEDKV_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, arg,
@@ -308,6 +310,79 @@ inline void check_linear(const Tensor& x, const Tensor& weight, const OptTensor&
   check_device(op, "weight", weight, "x", x);
   check_inner(op, "weight", weight);
   if (bias.has_value()) check_vector(op, "bias", *bias, weight.size(0), x.scalar_type(), "x", x);
+}
+
+// The arguments that every use of a packed weight has; `inputs` is K, what the groups divide.
+inline void check_int4(const char* op, const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
+                       const OptTensor& offsets, const OptTensor& perm, int64_t group_size, int64_t inputs) {
+  check_float(op, "scales", scales);
+  PAGEDKV_CHECK(group_size > 0 && (group_size % kInt4Block == 0 || group_size >= inputs), op, "group_size", group_size,
+                "a multiple of ", kInt4Block, ", or K = ", inputs, " for one group");
+  const int64_t groups = (inputs + group_size - 1) / group_size;
+  check_shape(op, "scales", scales, {groups, -1}, "[ceil(K / group_size), N]");
+  const int64_t outputs = scales.size(1);
+  PAGEDKV_CHECK(scales.is_contiguous(), op, "scales", "a strided view", "a contiguous tensor");
+  check_dtype(op, "packed", packed, ScalarType::Int);
+  check_shape(op, "packed", packed,
+              {(outputs + kInt4Block - 1) / kInt4Block, (inputs + kInt4Block - 1) / kInt4Block * 4, kInt4Block},
+              "int4_repack's [ceil(N / 32), 4 ceil(K / 32), 32]");
+  PAGEDKV_CHECK(packed.is_contiguous(), op, "packed", "a strided view", "a contiguous tensor");
+  check_device(op, "packed", packed, "scales", scales);
+  PAGEDKV_CHECK(!zeros.has_value() || !offsets.has_value(), op, "offsets", "a tensor", "None with zeros");
+  for (auto [arg, t] : {std::pair<const char*, const OptTensor*>{"zeros", &zeros}, {"offsets", &offsets}}) {
+    if (!t->has_value()) continue;
+    check_shape(op, arg, **t, {groups, outputs}, "scales' shape");
+    check_device(op, arg, **t, "scales", scales);
+    PAGEDKV_CHECK((*t)->is_contiguous(), op, arg, "a strided view", "a contiguous tensor");
+  }
+  if (zeros.has_value()) check_dtype(op, "zeros", *zeros, ScalarType::Byte);
+  if (offsets.has_value()) check_same_dtype(op, "offsets", *offsets, "scales", scales);
+  if (perm.has_value()) check_vector(op, "perm", *perm, inputs, ScalarType::Int, "scales", scales);
+}
+
+inline void check_int4_repack(const Tensor& q) {
+  check_shape("int4_repack", "q", q, {-1, -1}, "[N, K]");
+  check_dtype("int4_repack", "q", q, ScalarType::Byte);
+}
+
+inline void check_int4_dequantize(const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
+                                  const OptTensor& offsets, const OptTensor& perm, int64_t group_size,
+                                  int64_t in_features, ScalarType dtype) {
+  const char* op = "int4_dequantize";
+  PAGEDKV_CHECK(in_features >= 0, op, "in_features", in_features, "0 or more");
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
+  if (perm.has_value()) check_shape(op, "perm", *perm, {-1}, "[K]");
+  check_int4(op, packed, scales, zeros, offsets, perm, group_size, perm.has_value() ? perm->size(0) : in_features);
+}
+
+// Returns the activation's place in `activations`.
+template <size_t count>
+inline int check_int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
+                             const OptTensor& offsets, const OptTensor& perm, const OptTensor& bias,
+                             const OptTensor& residual, int64_t group_size, int64_t in_features,
+                             const std::string& activation, const char* const (&activations)[count]) {
+  const char* op = "int4_linear";
+  check_float(op, "x", x);
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, op, "x", "shape " << shape_of(x),
+                "[..., in_features] with in_features = ", in_features);
+  if (perm.has_value()) check_shape(op, "perm", *perm, {-1}, "[K]");
+  check_int4(op, packed, scales, zeros, offsets, perm, group_size, perm.has_value() ? perm->size(0) : in_features);
+  check_device(op, "scales", scales, "x", x);
+  if (bias.has_value()) check_vector(op, "bias", *bias, scales.size(1), x.scalar_type(), "x", x);
+  if (residual.has_value()) {
+    bool ok = residual->dim() == x.dim() && residual->size(x.dim() - 1) == scales.size(1);
+    for (int64_t i = 0; ok && i + 1 < x.dim(); ++i) ok = residual->size(i) == x.size(i);
+    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual),
+                  "the result's shape: x's with N = ", scales.size(1), " as its last size");
+    check_same_dtype(op, "residual", *residual, "x", x);
+    check_device(op, "residual", *residual, "x", x);
+  }
+  std::string known;
+  for (size_t i = 0; i < count; ++i) {
+    if (activation == activations[i]) return int(i);
+    known += (i ? ", " : "") + std::string(activations[i]);
+  }
+  fail(op, ": activation: got \"", activation, "\", needs one of ", known);
 }
 
 inline void check_bias_act(const Tensor& x, const OptTensor& bias) {

@@ -50,6 +50,8 @@ inline std::string name_of(ScalarType t) {
       return "float64";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:

@@ -45,6 +45,14 @@ using layer_norm_fn = Tensor(Tensor x, OptTensor weight, OptTensor bias, double 
 // linear -------------------------------------------------------------------------------------------------------------
 using linear_fn = Tensor(Tensor x, Tensor weight, OptTensor bias);
 
+// int4 ---------------------------------------------------------------------------------------------------------------
+using int4_repack_fn = Tensor(Tensor q);
+using int4_dequantize_fn = Tensor(Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
+                                  int64_t group_size, int64_t in_features, ScalarType dtype);
+using int4_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets,
+                              OptTensor perm, OptTensor bias, OptTensor residual, int64_t group_size,
+                              int64_t in_features, std::string activation);
+
 // rotary -------------------------------------------------------------------------------------------------------------
 using rotary_embedding_fn = void(Tensor query, OptTensor key, Tensor cos, Tensor sin, bool interleaved);
 using rotary_and_cache_fn = void(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor key_cache,

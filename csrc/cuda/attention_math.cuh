@@ -1,5 +1,5 @@
 // Device helpers that every attention kernel shares: which keys a row sees, where a key lives, the logit, the 8-bit
-// dequantisation, and thin wrappers of the tensor core and asynchronous copy instructions.
+// dequantisation.
 //
 // Conventions. The tensor-core kernels run softmax in base 2: logits are kept times log2(e), so exp2 is the only
 // exponential; log-sum-exp values become natural logarithms when they are written. A row's visible keys are one
@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention.h"
+#include "tensor_core.cuh"
 
 namespace pagedkv {
 
@@ -162,77 +163,6 @@ __device__ __forceinline__ float dequantize1(uint8_t byte) {
     return float(int8_t(byte));
   } else {
     return __half2float(__half(__nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t(byte), __NV_E4M3)));
-  }
-}
-
-// shared memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-
-// Where 16-byte chunk `c` of row `r` goes in a tile of rows of kChunks chunks without padding, so that the 8 rows of an
-// ldmatrix (one chunk each) hit all 32 banks. The result counts chunks from the tile's start; kChunks must be even.
-template <int kChunks>
-__device__ __forceinline__ int swizzle(int r, int c) {
-  static_assert(kChunks % 2 == 0);
-  if constexpr (kChunks % 8 == 0) {
-    return r * kChunks + (c ^ (r & 7));
-  } else if constexpr (kChunks % 4 == 0) {
-    return r * kChunks + (c ^ ((r >> 1) & 3));
-  } else {
-    return r * kChunks + (c ^ ((r >> 2) & 1));
-  }
-}
-
-// kBytes (4, 8 or 16) from global to shared memory; zeros are written, and nothing is read, where !valid. `source` must
-// still be a mapped address then.
-template <int kBytes>
-__device__ __forceinline__ void cp_async(uint32_t target, const void* source, bool valid) {
-  const int bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "r"(bytes) : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(target), "l"(source), "n"(kBytes), "r"(bytes)
-                 : "memory");
-  }
-}
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// tensor cores --------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-// d += a * b: a [16, 16] row-major fragment, b [16, 8] column-major fragment, d [16, 8] in float32. With g = lane / 4
-// and t = lane % 4: d[0..1] = row g, columns 2t and 2t + 1; d[2..3] = row g + 8; a[0] = row g, a[1] = row g + 8, both k
-// = 2t and 2t + 1; a[2], a[3] the same at k + 8; b0 = k 2t and 2t + 1 of column g, b1 at k + 8.
-template <class T>
-__device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
-        "%2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 

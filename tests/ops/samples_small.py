@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_pagedkv.ops import REFERENCES
+
 Sample = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 QUANTIZED = [torch.int8, torch.float8_e4m3fn]
+
+
+INT4_KINDS = ("symmetric", "zeros", "offsets")
+
+
+@dataclass
+class Int4:
+    """A 4-bit weight, its numbers q not yet packed."""
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    offsets: Tensor | None
+    perm: Tensor | None
+    group_size: int
+
+    @property
+    def packed(self) -> Tensor:
+        """Packed by the reference."""
+        return REFERENCES["int4_repack"](self.q)
+
+    @property
+    def numbers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """scales, zeros, offsets."""
+        return self.scales, self.zeros, self.offsets
 
 
 class Inputs:
@@ -41,6 +69,27 @@ class Inputs:
             return self.normal(*shape, dtype=dtype), self.normal(*shape, dtype=dtype), None, None
         k, v = (self.normal(*shape, scale=20).to(dtype) for _ in range(2))
         return k, v, self.normal(*shape[:3]).abs(), self.normal(*shape[:3]).abs()
+
+    def int4(self, n: int, k: int, group_size: int, kind: str, dtype: torch.dtype, ordered: bool = True) -> Int4:
+        """A random 4-bit weight of n outputs and k inputs with scales of a dtype; unless `ordered`, its inputs are
+        permuted, with padding among them."""
+        generator = self.generator
+        perm = None
+        inputs = k
+        if not ordered:
+            inputs = k + int(torch.randint(0, 70, (), generator=generator))
+            perm = torch.full((inputs,), -1, dtype=torch.int32)
+            perm[torch.randperm(inputs, generator=generator)[:k]] = torch.arange(k, dtype=torch.int32)
+        group_size = group_size if group_size % 32 == 0 else max(group_size, inputs)
+        q = torch.randint(0, 16, (n, inputs), generator=generator, dtype=torch.uint8)
+        shape = (-(-inputs // group_size), n)
+        scales = (torch.rand(shape, generator=generator) * 0.02 + 0.005).to(dtype)
+        zeros = torch.randint(0, 17, shape, generator=generator, dtype=torch.uint8) if kind == "zeros" else None
+        offsets = None
+        if kind == "offsets":
+            offsets = (-8 * scales.float() + torch.randn(shape, generator=generator) * 0.02).to(dtype)
+        parts = [None if t is None else t.to(self.device) for t in (q, scales, zeros, offsets, perm)]
+        return Int4(*parts, group_size)  # type: ignore[arg-type]
 
     def rotation(self, tokens: int, half: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin of random angles."""
@@ -86,6 +135,14 @@ def samples(device: str) -> Iterator[Sample]:
         wide = new.normal(9, 48, dtype=dtype)
         yield "linear", (x, new.normal(21, 40, dtype=dtype), new.normal(21, dtype=dtype)), {}
         yield "linear", (wide[1:, 3:36], new.normal(5, 48, dtype=dtype)[:, :33]), {}
+        for i, kind in enumerate(INT4_KINDS):
+            w = new.int4(45, 130, (32, 64, 130)[i], kind, (torch.float16, dtype, torch.float32)[i], i != 1)
+            yield "int4_dequantize", (w.packed, *w.numbers, w.perm, w.group_size, 130, dtype), {}
+            options = {"activation": ("none", "silu", "gelu_tanh")[i]}
+            rows = ((1,), (2, 3), (20,))[i]
+            x = new.normal(*rows, 130, dtype=dtype)
+            more = (new.normal(45, dtype=dtype), new.normal(*rows, 45, dtype=dtype)) if i else (None, None)
+            yield "int4_linear", (x, w.packed, *w.numbers, w.perm, *more, w.group_size, 130), options
         yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
         seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
         parameters = {
@@ -95,6 +152,8 @@ def samples(device: str) -> Iterator[Sample]:
             "min_p": new.vector([0.0, 0.0, 0.05], torch.float32),
         }
         yield "sample", (new.normal(3, 70, dtype=dtype), seeds, offsets), parameters
+    for n, k in ((5, 70), (64, 32)):
+        yield "int4_repack", (new.permutation(16 * n * k, n * k).remainder(16).to(torch.uint8).view(n, k),), {}
     yield "rms_norm", (new.normal(3, 17), None, 1e-6), {}
     yield "layer_norm", (new.normal(3, 17), None, None, 1e-5), {}
     yield "rotary_embedding", (new.normal(3, 4, 16), None, *new.rotation(3, 5), True), {}

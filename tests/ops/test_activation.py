@@ -55,6 +55,7 @@ def test_gated(
     """gate and up apart, or side by side as a fused projection gives them."""
     new = Inputs(device, seed)
     op, plain = GATED[kind]
+    rows *= max(1, 128 // n)  # enough elements that PyTorch is not exact in all of them by luck
     both = new.normal(2, rows, 2 * n + 1, dtype=dtype, scale=scale)[..., 1:]
     gate, up = both.chunk(2, -1)
     got = op(both) if packed else op(gate, up)

@@ -7,6 +7,7 @@ from ._library import REFERENCES, SCHEMAS
 from .activation import bias_act, gelu_and_mul, silu_and_mul
 from .attention import flash_attention, merge_attention_states, paged_attention
 from .cache import copy_blocks, gather_cache, reshape_and_cache, swap_blocks
+from .int4 import int4_dequantize, int4_linear, int4_repack
 from .linear import linear
 from .norm import add_rms_norm, layer_norm, rms_norm
 from .rotary import rotary_and_cache, rotary_embedding
@@ -22,6 +23,9 @@ __all__ = [
     "flash_attention",
     "gather_cache",
     "gelu_and_mul",
+    "int4_dequantize",
+    "int4_linear",
+    "int4_repack",
     "layer_norm",
     "linear",
     "merge_attention_states",

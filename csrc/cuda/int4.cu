@@ -1,0 +1,230 @@
+// int4_repack, int4_dequantize, int4_linear (contract: torch_pagedkv/ops/int4.py; layout: int4.h).
+//
+// Repacking and dequantising are one thread an output word or weight: they run once, when a model is loaded.
+// int4_linear in 16 bits is int4_mma.cu's; here are its preparation (a permuted or oddly aligned x is copied into rows
+// padded with zeros) and the float32 kernel, which has no tensor cores to go to: a lane owns an output, the warps of a
+// CTA take its words in turn, and their sums are added up in order.
+#include <algorithm>
+
+#include "int4.h"
+#include "reduce.cuh"
+
+namespace pagedkv {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads)
+    repack_kernel(const uint8_t* q, int64_t n, int64_t k, int64_t words, int64_t count, uint32_t* packed) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const int64_t c = i % kInt4Block, j = i / kInt4Block % words, row = i / kInt4Block / words * kInt4Block + c;
+  uint32_t word = 0;
+#pragma unroll
+  for (int e = 0; e < kInt4Word; ++e) {
+    const int64_t at = j * kInt4Word + e;
+    if (row < n && at < k) word |= ((uint32_t(q[row * k + at]) ^ 8u) & 15u) << int4_shift(e);
+  }
+  packed[i] = word;
+}
+
+struct Dequantize {
+  const uint32_t* packed;
+  const void *scales, *offsets;
+  const uint8_t* zeros;
+  const int32_t* perm;  // [k] or null
+  ScalarType scale_type;
+  int64_t n, k, k_padded, group, in_features;
+  void* w;  // [n, in_features]
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Dequantize p) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.n * p.k) return;
+  const int64_t row = i / p.k, k = i % p.k, to = p.perm ? p.perm[k] : k;
+  if (to < 0 || to >= p.in_features) return;
+  const uint32_t word =
+      p.packed[(row / kInt4Block * (p.k_padded / kInt4Word) + k / kInt4Word) * kInt4Block + row % kInt4Block];
+  const int q = int((word >> int4_shift(int(k % kInt4Word))) & 15u) ^ 8;
+  const int64_t at = k / p.group * p.n + row;
+  const float scale = load_scale(p.scales, p.scale_type, at);
+  const float value = p.offsets ? float(double(scale) * q + double(load_scale(p.offsets, p.scale_type, at)))
+                                : __fmul_rn(scale, float(q - (p.zeros ? int(p.zeros[at]) : 8)));
+  static_cast<T*>(p.w)[row * p.in_features + to] = from_float<T>(value);
+}
+
+// x [m, k0] -> [m, k_padded]: in the order of perm, zeros where there is no input.
+template <class T>
+__global__ void __launch_bounds__(kThreads) gather_kernel(const T* x, int64_t x_stride, int64_t k0, const int32_t* perm,
+                                                          int64_t m, int64_t k, int64_t k_padded, T* out) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= m * k_padded) return;
+  const int64_t row = i / k_padded, at = i % k_padded, from = at >= k ? -1 : perm ? perm[at] : at;
+  out[i] = from >= 0 && from < k0 ? x[row * x_stride + from] : T(0.f);
+}
+
+constexpr int kWarps = 8, kRows = 4;
+
+__global__ void __launch_bounds__(32 * kWarps) float_kernel(const __grid_constant__ Int4Params p) {
+  __shared__ float sums[kWarps][kRows][32];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const int64_t n = int64_t(blockIdx.x) * kInt4Block + lane, row = int64_t(blockIdx.y) * kRows;
+  const int rows = int(min(int64_t(kRows), p.m - row));
+  const int64_t words = p.k_padded / kInt4Word;
+  const float* const x = static_cast<const float*>(p.x) + row * p.x_stride;
+  float total[kRows] = {};
+  if (n < p.n)
+    for (int64_t j = warp; j < words; j += kWarps) {
+      const uint32_t word = p.packed[(blockIdx.x * words + j) * kInt4Block + lane];
+      const int64_t at = min(j * kInt4Word / p.group, (p.k - 1) / p.group) * p.n + n;
+      const float scale = load_scale(p.scales, p.scale_type, at);
+      const float zero = p.zeros ? float(p.zeros[at]) : 8.f;
+      float sum[kRows] = {}, x_sum[kRows] = {};
+#pragma unroll
+      for (int e = 0; e < kInt4Word; ++e) {
+        const int64_t k = j * kInt4Word + e;
+        if (k >= p.k) break;
+        const float w = float(int((word >> int4_shift(e)) & 15u) ^ 8) - zero;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (r >= rows) break;
+          const float in = x[r * p.x_stride + k];
+          sum[r] = fmaf(w, in, sum[r]);
+          x_sum[r] += in;
+        }
+      }
+      const float shift = p.offsets ? fmaf(8.f, scale, load_scale(p.offsets, p.scale_type, at)) : 0.f;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        total[r] = fmaf(scale, sum[r], total[r]);
+        if (p.offsets) total[r] = fmaf(shift, x_sum[r], total[r]);
+      }
+    }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) sums[warp][r][lane] = total[r];
+  __syncthreads();
+  if (warp >= rows || n >= p.n) return;  // warp r finishes row r
+  float sum = 0.f;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) sum += sums[w][warp][lane];
+  static_cast<float*>(p.y)[(row + warp) * p.n + n] = int4_finish<float>(p, row + warp, n, sum);
+}
+
+}  // namespace
+
+Tensor int4_repack_cuda(Tensor q) {
+  check_int4_repack(q);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  const int64_t n = q.size(0), k = q.size(1), words = ceil_div(k, kInt4Block) * (kInt4Block / kInt4Word);
+  Tensor packed =
+      torch::stable::new_empty(q, {int64_t(ceil_div(n, kInt4Block)), words, int64_t(kInt4Block)}, ScalarType::Int);
+  const Tensor dense = torch::stable::contiguous(q);
+  const int64_t count = packed.numel();
+  if (count == 0) return packed;
+  repack_kernel<<<ceil_div(count, kThreads), kThreads, 0, current_stream(q)>>>(
+      dense.const_data_ptr<uint8_t>(), n, k, words, count,
+      reinterpret_cast<uint32_t*>(packed.mutable_data_ptr<int32_t>()));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return packed;
+}
+
+Tensor int4_dequantize_cuda(Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
+                            int64_t group_size, int64_t in_features, ScalarType dtype) {
+  check_int4_dequantize(packed, scales, zeros, offsets, perm, group_size, in_features, dtype);
+  const torch::stable::accelerator::DeviceGuard guard(scales.get_device_index());
+  Dequantize p{};
+  p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
+  p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
+  p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
+  p.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
+  p.perm = perm.has_value() ? perm->const_data_ptr<int32_t>() : nullptr;
+  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : in_features;
+  p.k_padded = packed.size(1) * kInt4Word, p.group = group_size, p.in_features = in_features;
+  Tensor w = torch::stable::new_empty(scales, {p.n, in_features}, dtype);
+  if (perm.has_value()) w = torch::stable::zero_(w);  // what no entry points to
+  p.w = w.mutable_data_ptr();
+  if (p.n * p.k == 0) return w;
+  dispatch_cuda(dtype, "int4_dequantize", [&](auto tag) {
+    dequantize_kernel<decltype(tag)><<<ceil_div(p.n * p.k, kThreads), kThreads, 0, current_stream(scales)>>>(p);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return w;
+}
+
+Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
+                        OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
+                        std::string activation) {
+  static constexpr const char* kNames[] = {"none", "silu", "gelu", "gelu_tanh"};
+  static constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
+  Int4Params p{};
+  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features,
+                                  activation, kNames)];
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t last = x.dim() - 1, k0 = x.size(last);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = scales.size(1);
+  Tensor y = torch::stable::new_empty(x, sizes);
+  p.m = 1;
+  for (int64_t i = 0; i < last; ++i) p.m *= x.size(i);
+  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : k0;
+  p.k_padded = packed.size(1) * kInt4Word, p.group = group_size;
+  if (p.m == 0 || p.n == 0) return y;
+
+  // Rows one stride apart; other views are copied.
+  bool even = k0 <= 1 || x.stride(last) == 1;
+  int64_t stride = k0, reach = 0;  // of a row; of the dimensions seen so far
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (x.size(i) == 1) continue;
+    if (reach == 0)
+      stride = x.stride(i);
+    else
+      even = even && x.stride(i) == reach;
+    reach = x.stride(i) * x.size(i);
+  }
+  Tensor input = even ? x : torch::stable::contiguous(x);
+  p.x_stride = even ? stride : k0;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
+  p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
+  p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
+  p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
+  p.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
+  p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  p.residual = added.has_value() ? added->const_data_ptr() : nullptr;
+  p.x = input.const_data_ptr(), p.y = y.mutable_data_ptr();
+  const cudaStream_t stream = current_stream(x);
+  const bool narrow = x.scalar_type() != ScalarType::Float;
+  if (perm.has_value() || (narrow && !int4_reads(p.x, p.x_stride, p.k))) {
+    Tensor gathered = torch::stable::new_empty(x, {p.m, p.k_padded});
+    if (p.k_padded > 0)
+      dispatch_cuda(x.scalar_type(), "int4_linear", [&](auto tag) {
+        using T = decltype(tag);
+        gather_kernel<T><<<ceil_div(p.m * p.k_padded, kThreads), kThreads, 0, stream>>>(
+            static_cast<const T*>(p.x), p.x_stride, k0, perm.has_value() ? perm->const_data_ptr<int32_t>() : nullptr,
+            p.m, p.k, p.k_padded, static_cast<T*>(gathered.mutable_data_ptr()));
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+      });
+    input = gathered;
+    p.x = input.const_data_ptr(), p.x_stride = p.k_padded;
+  }
+  if (x.scalar_type() == ScalarType::Half) {
+    launch_int4_mma<__half>(p, x, stream);
+  } else if (x.scalar_type() == ScalarType::BFloat16) {
+    launch_int4_mma<__nv_bfloat16>(p, x, stream);
+  } else {
+    const int64_t blocks = (p.m + kRows - 1) / kRows;
+    if (blocks > 65535) fail("int4_linear: x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);
+    float_kernel<<<dim3(ceil_div(p.n, kInt4Block), unsigned(blocks)), 32 * kWarps, 0, stream>>>(p);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  return y;
+}
+
+}  // namespace pagedkv
+
+STABLE_TORCH_LIBRARY_IMPL(torch_pagedkv, CUDA, m) {
+  PAGEDKV_IMPL(m, int4_repack, pagedkv::int4_repack_cuda);
+  PAGEDKV_IMPL(m, int4_dequantize, pagedkv::int4_dequantize_cuda);
+  PAGEDKV_IMPL(m, int4_linear, pagedkv::int4_linear_cuda);
+}
