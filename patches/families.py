@@ -7,6 +7,7 @@ stock forward runs. These models build their own masks and biases, which a paged
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def _mpt(self: Any, kv: PagedLayer, cache: Any, hidden_states: Tensor, position_
 
 def _slopes(module: nn.Module, heads: str, make: Callable[[int, torch.device], Tensor]) -> Tensor:
     """The module's slopes on its device, made once."""
-    device = next(module.parameters()).device
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     slopes = vars(module).get("_pagedkv_slopes")
     if slopes is None or slopes.device != device:
         slopes = vars(module)["_pagedkv_slopes"] = make(getattr(module, heads), device)

@@ -24,6 +24,7 @@ from ..config import PagedConfig
 from ..kv.blocks import Salt
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
+from ..quant.linear import Int4Linear
 from . import compiled
 from .log import PatchLog
 
@@ -177,9 +178,7 @@ def _prepare_cache_for_generation(
     return result
 
 
-def _valid_auto_compile_criteria(
-    self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any
-) -> bool:
+def _valid_auto_compile_criteria(self: PreTrainedModel, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
     """Whether generate() compiles decoding by itself. It does so for every cache of a fixed size; ours has no such
     sign of the user's wish, and nobody shall wait for a compiler unasked, so it takes a `compile_config`."""
     cache = model_kwargs.get("past_key_values")
@@ -262,7 +261,8 @@ def _follow_weights(model: PreTrainedModel, driver: Driver, manager: CacheManage
     """Forgets the prefixes of other weights: training, loading and merging change storages or their versions."""
     parts = []
     for module in model.modules():
-        for parameter in module._parameters.values():
+        packed = module._buffers if isinstance(module, Int4Linear) else {}
+        for parameter in (*module._parameters.values(), *packed.values()):
             if parameter is not None:
                 version = 0 if parameter.is_inference() else parameter._version
                 parts.append((parameter.data_ptr(), version))

@@ -320,7 +320,6 @@ FORMATS = {
 }
 
 
-
 def format_of(name: str) -> Format:
     """The format of a name of FORMATS."""
     return FORMATS[name]

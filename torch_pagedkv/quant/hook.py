@@ -1,9 +1,9 @@
 """Lets `from_pretrained` load 4-bit checkpoints once `torch_pagedkv` is imported, without importing transformers.
 
 transformers looks a checkpoint's method up in two dictionaries of `transformers.quantizers.auto`. As soon as that
-module is there, our classes stand in front of its own for "awq", "gptq" and "compressed-tensors" (quant/loading.py):
-they hand over to the stock ones wherever the packages are installed that these need. `TORCH_PAGEDKV_QUANTIZERS=0` in the
-environment leaves transformers alone; `torch_pagedkv.from_pretrained` works then too.
+module is there, our classes stand in front of its own for "awq", "gptq" and "compressed-tensors" (quant/registry.py).
+They hand over to the stock ones wherever the packages are installed that these need. `TORCH_PAGEDKV_QUANTIZERS=0` in
+the environment leaves transformers alone; `torch_pagedkv.from_pretrained` works then too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def _register() -> None:
-    from .loading import register
+    from .registry import register
 
     register()
 

@@ -7,9 +7,7 @@ Saving writes the same format again.
 
 from __future__ import annotations
 
-import contextvars
 import copy
-import importlib.util
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -20,19 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as hf_logging
-from transformers.utils.quantization_config import GPTQConfig as _GPTQConfig
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import formats
-from .checkpoint import METHODS, Recipe, headers, recipe
+from . import formats, registry
+from .checkpoint import Recipe, headers, recipe
 from .formats import FORMATS, FormatError, Scheme
 from .linear import Int4Linear
-
-_forced: contextvars.ContextVar[bool] = contextvars.ContextVar("torch_pagedkv_forced", default=False)
-_STOCK: dict[str, tuple[Any, Any]] = {}  # method -> transformers' own quantizer and configuration
+from .registry import GPTQConfig
 
 
 def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -42,91 +35,19 @@ def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> PreTrainedModel:
     Raises:
         ValueError: the checkpoint cannot be loaded, by the layer's and tensor's name; nothing is left behind.
     """
-    register()
-    token = _forced.set(True)
-    try:
+    with registry.forced():
         return AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
-    finally:
-        _forced.reset(token)
-
-
-def register() -> None:
-    """Put our classes in front of transformers' own. Done once."""
-    for method in METHODS:
-        if method in _STOCK:
-            continue
-        _STOCK[method] = (auto.AUTO_QUANTIZER_MAPPING[method], auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method])
-        auto.AUTO_QUANTIZER_MAPPING[method] = _Choice
-        if method in _CONFIGS:
-            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = _CONFIGS[method]
-
-
-def is_ours(method: str) -> bool:
-    """True if a checkpoint of the method is loaded here: when asked for, or when transformers could not load it."""
-    return _forced.get() or not all(importlib.util.find_spec(name) for name in METHODS[method])
-
-
-def _method(config: Any) -> str:
-    return str(getattr(config.quant_method, "value", config.quant_method))
-
-
-class _Choice(HfQuantizer):
-    """Stands in transformers' table; makes our quantizer, or the stock one where that can run."""
-
-    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
-        method = _method(quantization_config)
-        if is_ours(method) and kwargs.get("pre_quantized", True):
-            return Int4Quantizer(quantization_config, **kwargs)
-        return _STOCK[method][0](quantization_config, **kwargs)
-
-
-class GPTQConfig(_GPTQConfig):  # of the same name: transformers compares it with the user's configuration
-    """transformers' configuration that keeps all of GPTQModel's fields and needs no other package."""
-
-    def __init__(self, bits: int, modules_in_block_to_quantize: Any = None, **kwargs: Any) -> None:
-        super().__init__(bits, **kwargs)
-        self.modules_in_block_to_quantize = modules_in_block_to_quantize
-        for name in ("dynamic", "lm_head", "pack_dtype", "is_marlin_format"):
-            if name in kwargs:
-                setattr(self, name, kwargs[name])
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        stock = None if is_ours("gptq") else _STOCK["gptq"][1]
-        return (stock or super()).from_dict(config_dict, return_unused_kwargs, **kwargs)
-
-
-class CompressedTensorsConfig(QuantizationConfigMixin):
-    """A compressed-tensors configuration as it stands in the file."""
-
-    def __init__(self, **fields: Any) -> None:
-        self.fields = fields
-        self.quant_method = "compressed-tensors"
-        self.dequantize = False
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        fields = config_dict.get("quantization_config", config_dict)
-        formats = {fields.get("format")} | {g.get("format") for g in (fields.get("config_groups") or {}).values()}
-        if not is_ours("compressed-tensors") or "pack-quantized" not in formats:
-            # another compression: transformers' own, which names the package it needs
-            return _STOCK["compressed-tensors"][1].from_dict(config_dict, return_unused_kwargs, **kwargs)
-        config = cls(**fields)
-        return (config, kwargs) if return_unused_kwargs else config
-
-    def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.fields)
-
-    def get_loading_attributes(self) -> dict[str, Any]:
-        """Nothing of it may be replaced by the user's configuration."""
-        return {}
-
-
-_CONFIGS: dict[str, Any] = {"gptq": GPTQConfig, "compressed-tensors": CompressedTensorsConfig}
 
 
 class _Pending(nn.Module):
     """A linear layer that waits for its tensors of the checkpoint, which are its buffers."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Nothing, for those who initialise weights: there is none."""
+        nothing = torch.empty(0)
+        nothing._is_hf_initialized = True  # type: ignore[attr-defined]
+        return nothing
 
     in_features: int
     out_features: int
@@ -333,16 +254,18 @@ def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
         model.config.tie_word_embeddings = False
 
 
-def rounded(model: PreTrainedModel, group_size: int) -> Int4Quantizer:
-    """The quantizer of a model that was quantised here: saves it as GPTQ."""
-    return _Rounded(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False, format="gptq"))
+class Rounded(Int4Quantizer):
+    """Of a model that was quantised here. Saves it in GPTQ's first format, which every reader knows, unless a zero is
+    0: that one it stores as -1, which some readers take for 0 and others for 16. The second format has no such case."""
 
-
-class _Rounded(Int4Quantizer):
-    """GPTQ's first format, which every reader knows, unless a zero is 0: that one it stores as -1, which readers take
-    for 0 or for 16. The second format has no such case."""
+    @classmethod
+    def of(cls, group_size: int) -> Rounded:
+        """For round-to-nearest with groups of `group_size` inputs."""
+        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False))
 
     def _form(self, model: PreTrainedModel) -> formats.Format:
         zero = any(m.zeros is not None and bool((m.zeros == 0).any()) for _, m in int4_layers(model))
-        self.quantization_config.format = "gptq_v2" if zero else "gptq"
-        return FORMATS[self.quantization_config.format]
+        form = FORMATS["gptq_v2" if zero else "gptq"]
+        for config in (self.quantization_config, model.config.quantization_config):  # a patched model has a copy
+            config.format = form.name
+        return form
