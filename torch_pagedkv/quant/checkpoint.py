@@ -98,7 +98,7 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
 
 def _dynamic(config: Mapping[str, Any], scheme: Scheme) -> list[tuple[tuple[str, ...], Scheme]]:
     """GPTQModel's exceptions: a regular expression on layers ("-:" in front: not quantised) -> other settings."""
-    rules = []
+    rules: list[tuple[tuple[str, ...], Scheme]] = []
     for pattern, settings in (config.get("dynamic") or {}).items():
         if pattern.startswith("-:"):
             continue

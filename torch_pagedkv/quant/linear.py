@@ -45,6 +45,7 @@ class Int4Linear(nn.Linear):
     perm: Tensor | None
     g_idx: Tensor | None
     like: Tensor
+    bias: Any  # [N] or None: a buffer, where nn.Linear has a parameter
 
     def __init__(
         self, weight: Int4Weight, bias: Tensor | None = None, dtype: torch.dtype | None = None, source: str = ""
@@ -62,7 +63,7 @@ class Int4Linear(nn.Linear):
     def adopt(cls, module: nn.Module, weight: Int4Weight, dtype: torch.dtype, source: str = "") -> Int4Linear:
         """Turn a linear layer into an Int4Linear, in place: whoever refers to it or hooked it keeps it. Its bias stays,
         its weight goes."""
-        bias = module._parameters.pop("bias", None)
+        bias: Tensor | None = module._parameters.pop("bias", None)
         if bias is None:
             bias = module._buffers.pop("bias", None)
         module._parameters.pop("weight", None)
@@ -112,7 +113,7 @@ class Int4Linear(nn.Linear):
 
     # nn.Module looks properties up as it does methods; there is no parameter of this name
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:
         """The weight as an ordinary [N, K] tensor, made anew each time: for looking at, not for running."""
         return self.dequantize(self.like.dtype)
 
@@ -137,7 +138,7 @@ class Int4Linear(nn.Linear):
         weight = (self.packed, self.scales, self.zeros, self.offsets, self.perm)
         if torch.is_grad_enabled() and x.requires_grad:
             return _WithGradient.apply(x, *weight, bias, self.run)
-        return ops.int4_linear(x, *weight, bias, group_size=self.run)
+        return _linear(x, *weight, bias, self.run)
 
     def requires_grad_(self, requires_grad: bool = True) -> Int4Linear:
         """Raises RuntimeError when a gradient is asked for: there is no parameter to have it."""
@@ -177,17 +178,30 @@ class Int4Linear(nn.Linear):
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    offsets: Tensor | None,
+    perm: Tensor | None,
+    bias: Tensor | None,
+    run: int,
+) -> Tensor:
+    return ops.int4_linear(x, packed, scales, zeros, offsets, perm, bias, group_size=run)
+
+
 class _WithGradient(torch.autograd.Function):
     """`ops.int4_linear` with the gradient of its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *weight, bias, run = args
+        *weight, _, run = args
         ctx.save_for_backward(*weight)
         ctx.run, ctx.inputs = run, x.shape[-1]
-        return ops.int4_linear(x, *weight, bias, group_size=run)
+        return _linear(x, *args)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w = ops.int4_dequantize(*ctx.saved_tensors, group_size=ctx.run, in_features=ctx.inputs, dtype=grad.dtype)
         return (grad @ w, *(None for _ in range(7)))

@@ -171,7 +171,7 @@ def to_linear(module: Int4Linear, dtype: torch.dtype | None = None) -> nn.Linear
     weight, bias = module.dequantize(dtype or module.like.dtype), module.bias
     for name in list(module._buffers):
         del module._buffers[name]
-    module.__class__ = nn.Linear
+    module.__class__ = nn.Linear  # type: ignore[assignment]
     module.weight = nn.Parameter(weight)
     module.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(weight.dtype)))
     return module

@@ -79,8 +79,9 @@ class GPTQConfig(_GPTQConfig):  # of the same name: transformers compares it wit
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        stock = None if is_ours("gptq") else _STOCK["gptq"][1]
-        return (stock or super()).from_dict(config_dict, return_unused_kwargs, **kwargs)
+        if not is_ours("gptq"):
+            return _STOCK["gptq"][1].from_dict(config_dict, return_unused_kwargs, **kwargs)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
 
 class CompressedTensorsConfig(QuantizationConfigMixin):
