@@ -46,7 +46,8 @@ inline void check_same_dtype(const char* op, const char* arg, const Tensor& t, c
   PAGEDKV_CHECK(t.scalar_type() == o.scalar_type(), op, arg, dtype_of(t), other, "'s dtype, ", dtype_of(o));
 }
 inline void check_device(const char* op, const char* arg, const Tensor& t, const char* other, const Tensor& o) {
-  PAGEDKV_CHECK(device_of(t) == device_of(o), op, arg, device_of(t), other, "'s device, ", device_of(o));
+  const bool same = t.is_cuda() == o.is_cuda() && (!t.is_cuda() || t.get_device_index() == o.get_device_index());
+  PAGEDKV_CHECK(same, op, arg, device_of(t), other, "'s device, ", device_of(o));  // naming them costs 0.1 us
 }
 inline void check_inner(const char* op, const char* arg, const Tensor& t) {
   PAGEDKV_CHECK(t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, arg,
@@ -358,21 +359,21 @@ inline void check_int4_dequantize(const Tensor& packed, const Tensor& scales, co
 template <size_t count>
 inline int check_int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
                              const OptTensor& offsets, const OptTensor& perm, const OptTensor& bias,
-                             const OptTensor& residual, int64_t group_size, const std::string& activation,
-                             const char* const (&activations)[count]) {
+                             const OptTensor& residual, int64_t group_size, int64_t in_features,
+                             const std::string& activation, const char* const (&activations)[count]) {
   const char* op = "int4_linear";
   check_float(op, "x", x);
-  PAGEDKV_CHECK(x.dim() >= 1, op, "x", "a 0-dimensional tensor", "[..., K]");
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, op, "x", "shape " << shape_of(x),
+                "[..., in_features] with in_features = ", in_features);
   if (perm.has_value()) check_shape(op, "perm", *perm, {-1}, "[K]");
-  check_int4(op, packed, scales, zeros, offsets, perm, group_size,
-             perm.has_value() ? perm->size(0) : x.size(x.dim() - 1));
+  check_int4(op, packed, scales, zeros, offsets, perm, group_size, perm.has_value() ? perm->size(0) : in_features);
   check_device(op, "scales", scales, "x", x);
   if (bias.has_value()) check_vector(op, "bias", *bias, scales.size(1), x.scalar_type(), "x", x);
   if (residual.has_value()) {
     bool ok = residual->dim() == x.dim() && residual->size(x.dim() - 1) == scales.size(1);
     for (int64_t i = 0; ok && i + 1 < x.dim(); ++i) ok = residual->size(i) == x.size(i);
-    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual), "the result's shape: x's with N = ",
-                  scales.size(1), " as its last size");
+    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual),
+                  "the result's shape: x's with N = ", scales.size(1), " as its last size");
     check_same_dtype(op, "residual", *residual, "x", x);
     check_device(op, "residual", *residual, "x", x);
   }

@@ -1,6 +1,7 @@
 // The layout of packed 4-bit weights: one for every CPU and GPU, so that `.to()` and files move it as it is.
 //
-// Weights q [N, K] of 0..15, N outputs and K inputs, are padded to multiples of 32 with q = 8 and stored as 32-bit words
+// Weights q [N, K] of 0..15, N outputs and K inputs, are padded to multiples of 32 with q = 8 and stored as 32-bit
+// words
 //
 //     packed int32 [ceil(N / 32), 4 ceil(K / 32), 32]
 //
@@ -14,10 +15,10 @@
 // numbers, as the products of a CPU (vdpbf16ps) and of a tensor core take them.
 //
 // A CPU's vector holds 16 (8, 4) outputs for the same eight inputs, so it walks along K without a sum over lanes, and
-// scales [G, N] are vectors as they stand. On a GPU lane 4 g + t of a warp reads the 16 bytes of words c = 4 g .. 4 g + 3
-// in row j = 4 i + t: eight inputs of four outputs, which are the weight fragments of mma.m16n8k16 for 32 outputs and
-// 32 inputs, if inputs are renamed (lane t's are 8 t .. 8 t + 7 of the 32) and outputs too (4 g + c is row g of part c).
-// The activations of lane (g, t) are then 16 consecutive bytes as well, and so are the outputs.
+// scales [G, N] are vectors as they stand. On a GPU lane 4 g + t of a warp reads the 16 bytes of words c = 4 g .. 4 g +
+// 3 in row j = 4 i + t: eight inputs of four outputs, which are the weight fragments of mma.m16n8k16 for 32 outputs and
+// 32 inputs, if inputs are renamed (lane t's are 8 t .. 8 t + 7 of the 32) and outputs too (4 g + c is row g of part
+// c). The activations of lane (g, t) are then 16 consecutive bytes as well, and so are the outputs.
 #pragma once
 
 #include <stdint.h>

@@ -51,7 +51,7 @@ using int4_dequantize_fn = Tensor(Tensor packed, Tensor scales, OptTensor zeros,
                                   int64_t group_size, int64_t in_features, ScalarType dtype);
 using int4_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets,
                               OptTensor perm, OptTensor bias, OptTensor residual, int64_t group_size,
-                              std::string activation);
+                              int64_t in_features, std::string activation);
 
 // rotary -------------------------------------------------------------------------------------------------------------
 using rotary_embedding_fn = void(Tensor query, OptTensor key, Tensor cos, Tensor sin, bool interleaved);

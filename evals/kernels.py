@@ -49,6 +49,7 @@ FAMILIES = {  # section of the table -> its ops
     "cache": ("reshape_and_cache", "gather_cache", "copy_blocks", "swap_blocks"),
     "norm": ("rms_norm", "add_rms_norm", "layer_norm"),
     "linear": ("linear",),
+    "int4": ("int4_linear",),
     "rotary": ("rotary_embedding", "rotary_and_cache"),
     "activation": ("silu_and_mul", "gelu_and_mul", "bias_act"),
     "sampling": ("sample", "argmax"),
@@ -546,6 +547,52 @@ def projection(env: Env, model: Model, rows: int) -> Problem:
     return Problem(make, call, truth, outputs, moved=moved, bound=env.rounding(0.6, 8), peers=peers)
 
 
+LAYERS: dict[str, Callable[[Model], tuple[int, int]]] = {  # name -> outputs, inputs
+    "q": lambda m: (m.heads * m.head_dim, m.hidden),
+    "k": lambda m: (m.kv_heads * m.head_dim, m.hidden),
+    "gate": lambda m: (m.ffn, m.hidden),
+    "down": lambda m: (m.hidden, m.ffn),
+}
+
+
+def int4(env: Env, model: Model, layer: str, rows: int, group: int) -> Problem:
+    """int4_linear with float16 scales and zeros, beside F.linear on the dequantised weight and, on the CPU, PyTorch's
+    own 4-bit product, which takes bfloat16 only."""
+    n, k = LAYERS[layer](model)
+    on_cpu = env.device.type == "cpu"
+
+    def make() -> Inputs:
+        q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=env.device)
+        a = Inputs(x=env.normal(rows, k), packed=ops.int4_repack(q))
+        a.scales = (torch.rand(k // group, n, device=env.device) * 0.02 + 0.005).half()
+        a.zeros = torch.randint(0, 16, (k // group, n), dtype=torch.uint8, device=env.device)
+        a.options = {"group_size": group, "in_features": k}
+        a.dense = ops.int4_dequantize(a.packed, a.scales, a.zeros, dtype=env.dtype, **a.options)
+        a.x16, a.dense16 = a.x.bfloat16(), a.dense.bfloat16()
+        if on_cpu:
+            a.aten = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+            a.aten_scales = torch.stack([a.scales.float(), a.scales * (8.0 - a.zeros)], -1).bfloat16()
+        return a
+
+    def call(a: Inputs) -> Any:
+        return ops.int4_linear(a.x, a.packed, a.scales, a.zeros, **a.options)
+
+    def truth(a: Inputs) -> Tensors:
+        args = (a.x.double(), a.packed, a.scales, a.zeros, None, None, None, None, group, k)
+        return [reference("int4_linear", *args)]
+
+    peers: dict[str, Callable[[Inputs], Any]] = {"F.linear": lambda a: F.linear(a.x, a.dense)}
+    if env.dtype != torch.bfloat16:
+        peers["F.linear bf16"] = lambda a: F.linear(a.x16, a.dense16)
+    if on_cpu:
+        peers["aten int4 bf16"] = lambda a: torch.ops.aten._weight_int4pack_mm_for_cpu(
+            a.x16, a.aten, group, a.aten_scales
+        )
+    moved = n * k / 2 + 3 * n * k / group + env.size * rows * (n + k)
+    flops = 2.0 * rows * n * k if rows >= 64 else 0.0
+    return Problem(make, call, truth, outputs, moved=moved, bound=env.rounding(0.6, 8), flops=flops, peers=peers)
+
+
 def gated(env: Env, model: Model, tokens: int, op: str) -> Problem:
     """silu_and_mul or gelu_and_mul (tanh) of the halves of a packed projection; bias_act with gelu."""
     n = model.ffn
@@ -724,6 +771,12 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
       for model, devices, sizes in ((L3, GPU, (4096, 1, 32)), (SMOL, BOTH, (8, 512)), (L3, CPU, (8, 512)))],
     *[("linear", model, projection, devices, [{"rows": n} for n in (1, 8)])
       for model, devices in ((SMOL, BOTH), (L3, BOTH))],
+    *[("int4_linear", model, int4, devices, [
+        {"layer": layer, "rows": n, "group": group} for layer in layers for n in rows
+      ]) for model, devices, layers, rows, group in (
+          (L3, BOTH, ("q",), (1, 8, 64), 128), (L3, GPU, ("gate", "down"), (1, 16, 64, 256, 1024), 128),
+          (SMOL, BOTH, tuple(LAYERS), (1, 8, 64, 512), 64),
+      )],
     *[("gather_cache", L3, gather, GPU, [{"batch": 8, "context": 4096, "kv": kv}]) for kv in ("same", "int8")],
     ("gather_cache", SMOL, gather, BOTH, [{"batch": 4, "context": 512}]),
     ("copy_blocks", L3, copy, GPU, [{"layers": 32, "pairs": n} for n in (16, 1)]),

@@ -56,6 +56,18 @@ def test_random_attention(few: Path) -> None:
     assert "all right" in run(few, "tests/emulate/fuzz.py", "--cases", "100")
 
 
+def test_random_int4(few: Path) -> None:
+    assert "on emulated CUDA: all right" in run(few, "tests/ops/int4_problems.py", "--cases", "40")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sms", [1, 132])
+def test_more_random_int4(few: Path, sms: int) -> None:
+    """Few SMs: K is not split over CTAs; many: as often as it can be."""
+    arguments = ("--cases", "400", "--seed", str(1000 * sms))
+    run(few, "tests/ops/int4_problems.py", *arguments, EMULATE_SEED=str(sms), EMULATE_SMS=str(sms))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_size(everything: Path, seed: int) -> None:
@@ -88,6 +100,7 @@ def test_no_access_outside_of_tensors() -> None:
     env = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
     run(library, "tests/gpu/sanitize.py", "--device", "cpu", **env)
     run(library, "tests/emulate/fuzz.py", "--cases", "200", "--seed", "9000", **env)
+    run(library, "tests/ops/int4_problems.py", "--cases", "100", "--seed", "9000", **env)
 
 
 # ---- the device itself -----------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ const int32_t* check_perm(const char* op, const OptTensor& perm, int64_t inputs)
   bool ok = true;
   for (int64_t i = 0; i < count; ++i) ok &= p[i] >= -1 && p[i] < inputs;
   for (int64_t i = 0; !ok && i < count; ++i)
-    PAGEDKV_CHECK(p[i] >= -1 && p[i] < inputs, op, "perm", "index " << p[i] << " at " << i,
-                  "-1 (padding) <= index < ", inputs);
+    PAGEDKV_CHECK(p[i] >= -1 && p[i] < inputs, op, "perm", "index " << p[i] << " at " << i, "-1 (padding) <= index < ",
+                  inputs);
   return p;
 }
 
@@ -110,9 +110,10 @@ constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh"};
 constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
 
 Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
-                   OptTensor bias, OptTensor residual, int64_t group_size, std::string activation) {
-  const int act = check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, activation,
-                                    kActivations);
+                   OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
+                   std::string activation) {
+  const int act = check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features,
+                                    activation, kActivations);
   const int type = row_type(x);
   const auto x_sizes = x.sizes();
   std::vector<int64_t> sizes(x_sizes.begin(), x_sizes.end());
@@ -124,9 +125,8 @@ Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptT
   const Rows in(x);
   const int32_t* order = check_perm("int4_linear", perm, in.n);
   const int64_t k = order ? perm->size(0) : in.n, item = kRowTypeSize[type];
-  const OptTensor added = residual.has_value() && !residual->is_contiguous()
-                              ? OptTensor(torch::stable::contiguous(*residual))
-                              : residual;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   Int4Task task{};
   task.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   task.s.scales = scales.const_data_ptr();
@@ -173,9 +173,8 @@ Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptT
     });
     constexpr int64_t kBlocks = 2;  // of outputs, to a thread at a time: what the widest kernel takes at once
     const int64_t blocks = packed.size(0);
-    split(ceil_div(blocks, kBlocks), kBlocks * kInt4Block * k * task.rows, [&](int64_t b, int64_t e) {
-      kernels().run[type](task, b * kBlocks, std::min(e * kBlocks, blocks));
-    });
+    split(ceil_div(blocks, kBlocks), kBlocks * kInt4Block * k * task.rows,
+          [&](int64_t b, int64_t e) { kernels().run[type](task, b * kBlocks, std::min(e * kBlocks, blocks)); });
   }
   return y;
 }

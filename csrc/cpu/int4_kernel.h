@@ -9,8 +9,9 @@ namespace pagedkv {
 
 // Inputs come in chunks, over which sums are taken before they are scaled; all of a chunk is in one group.
 constexpr int64_t kInt4Chunk = 128;
-// Rows of x that are worked on at once.
-constexpr int64_t kInt4Rows = 256;
+// Rows of x that are worked on at once: their chunk, totals and the panel of weights just about fit a first-level
+// cache.
+constexpr int64_t kInt4Rows = 128;
 
 struct Int4Scales {
   const void* scales;    // [groups, n]
@@ -26,9 +27,9 @@ struct Int4Task {
   const char* x;      // packed rows: [chunks][rows][inputs of the chunk]
   const float* sums;  // [chunks][rows]: of the rows' chunks; null with neither zeros nor offsets
   int64_t rows, k_padded, chunk;
-  const void* bias;      // [n] or null
-  const void* residual;  // [rows, n] or null
-  void* y;               // [rows, n]
+  const void* bias;                      // [n] or null
+  const void* residual;                  // [rows, n] or null
+  void* y;                               // [rows, n]
   void (*activate)(Act, const ActRow&);  // float32
   Act act;
 };

@@ -1,8 +1,8 @@
 // y = x W^T for 4-bit W (int4.h has its layout), any number of rows of x.
 //
-// A vector holds outputs, W of them (W: floats in a vector), and a row's inputs are broadcast to it, so nothing is summed
-// across lanes. Weights enter the products as the whole numbers q - 8, exactly, and are scaled as sums of a chunk (at
-// most 128 inputs of one group):
+// A vector holds outputs, W of them (W: floats in a vector), and a row's inputs are broadcast to it, so nothing is
+// summed across lanes. Weights enter the products as the whole numbers q - 8, exactly, and are scaled as sums of a
+// chunk (at most 128 inputs of one group):
 //
 //     y = sum over chunks of  scale * sum((q - 8) x) + c * sum(x),    c = scale (8 - zero) or offset + 8 scale
 //
@@ -10,11 +10,12 @@
 // bfloat16 pairs for vdpbf16ps, or 16 as float32; without AVX-512 two shifts sign-extend a nibble.
 //
 // Few rows: words are taken apart in registers, each once for all rows. More rows: a chunk of a block of outputs is
-// taken apart once into the first-level cache (16 KiB), then multiplied with blocks of rows as in any matrix product.
+// taken apart once into the first-level cache (16 or 32 KiB), then multiplied with blocks of rows as in any matrix
+// product.
 //
 // Floor: few rows, bytes of W / memory bandwidth; many, the multiply-adds.
-#include "attention_vec.h"
 #include "../int4.h"
+#include "attention_vec.h"
 #include "int4_kernel.h"
 
 namespace pagedkv {
@@ -53,7 +54,7 @@ struct Floats {
   }
   static INLINE Input input(const X* x, int step) { return splat(x[step]); }
   static INLINE vf dot(Operand w, Input x, vf sum) { return fma(w, x, sum); }
-  static void pack(const E* x, int64_t n, X* out) {
+  static INLINE void pack(const E* x, int64_t n, X* out) {
     each(n, [&](int64_t i, auto part) { store(out + i, load(x + i, part), part); });
   }
 };
@@ -80,7 +81,10 @@ struct Products {  // of pairs of bfloat16
     return (__m512bh)_mm512_set1_epi32(int(pair));
   }
   static INLINE vf dot(Operand w, Input x, vf sum) { return _mm512_dpbf16_ps(sum, w, x); }
-  static void pack(const E* x, int64_t n, X* out) { memcpy(out, x, size_t(2 * n)); }
+  static INLINE void pack(const E* x, int64_t n, X* out) {
+    for (; n >= 2 * W; n -= 2 * W, x += 2 * W, out += 2 * W) _mm512_storeu_si512(out, _mm512_loadu_si512(x));
+    if (n > 0) memcpy(out, x, size_t(2 * n));
+  }
 };
 using BF16Policy = Products;
 #else
@@ -96,7 +100,7 @@ void pack(const Int4Task& t, const void* x, int64_t k, int64_t row, char* packed
     const int64_t size = min64(t.chunk, t.k_padded - at), n = max64(0, min64(size, k - at));
     X* out = reinterpret_cast<X*>(packed) + at * t.rows + row * size;
     P::pack(in + at, n, out);
-    memset(out + n, 0, size_t(size - n) * sizeof(X));
+    if (n < size) memset(out + n, 0, size_t(size - n) * sizeof(X));
     if (sums) {
       vf sum{};
       each(n, [&](int64_t i, auto part) { sum += load(in + at + i, part); });
@@ -152,6 +156,14 @@ INLINE void load_factors(const Int4Scales& s, int64_t group, int64_t n, int coun
 
 // ---- results --------------------------------------------------------------------------------------------------------
 
+template <class E>
+INLINE void store_result(E* p, vf x) {
+  store(p, x, Full{});
+}
+#if defined(__AVX512BF16__)
+INLINE void store_result(BF16* p, vf x) { put(p, as<v16>(_mm512_cvtneps_pbh(x)), Full{}); }  // below 2^-126: 0
+#endif
+
 // The totals of `count` outputs of a row from n on -> y.
 template <class E>
 void finish(const Int4Task& t, int64_t row, int64_t n, int count, float* total) {
@@ -167,7 +179,9 @@ void finish(const Int4Task& t, int64_t row, int64_t n, int count, float* total) 
          [&](int64_t i, auto part) { store(total + i, load(total + i, part) + load(residual + i, part), part); });
   }
   E* y = static_cast<E*>(t.y) + at;
-  each(count, [&](int64_t i, auto part) { store(y + i, load(total + i, part), part); });
+  int i = 0;
+  for (; i + W <= count; i += W) store_result(y + i, load(total + i));
+  if (i < count) store(y + i, load(total + i, Part{count - i}), Part{count - i});
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -236,10 +250,10 @@ INLINE void fused(const Int4Task& t, int64_t row, int64_t b) {
   }
 }
 
-// R rows, one chunk that lies taken apart in `panel`: [steps][V].
+// R rows, one chunk that lies taken apart in `panel`: [steps][V]. The first one sets the totals, the others add.
 template <class P, int R, int V>
 INLINE void multiply(const typename P::Operand* panel, const typename P::X* x, int64_t size, const Factors<V>& f,
-                     const float* sums, float* total) {
+                     const float* sums, bool first, float* total) {
   vf sum[R][V] = {};
   for (int64_t step = 0; step < size / P::kInputs; ++step) {
 #pragma GCC unroll 8
@@ -254,7 +268,7 @@ INLINE void multiply(const typename P::Operand* panel, const typename P::X* x, i
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       float* to = total + r * V * W + v * W;
-      vf y = fma(f.scale[v], sum[r][v], load(to));
+      vf y = first ? f.scale[v] * sum[r][v] : fma(f.scale[v], sum[r][v], load(to));
       if (sums) y = fma(f.shift[v], splat(sums[r]), y);
       store(to, y);
     }
@@ -269,7 +283,7 @@ void panels(const Int4Task& t, int64_t b) {
   const uint32_t* block = t.packed + b * block_words;
   typename P::Operand panel[kInt4Chunk / P::kInputs * V];
   float total[kInt4Rows * V * W];
-  memset(total, 0, size_t(t.rows) * V * W * sizeof(float));
+  if (t.k_padded == 0) memset(total, 0, size_t(t.rows) * V * W * sizeof(float));
   for (int64_t c = 0, at = 0; at < t.k_padded; ++c, at += t.chunk) {
     const int64_t size = min64(t.chunk, t.k_padded - at);
     for (int64_t k = 0; k < size; k += kInt4Word) {
@@ -292,7 +306,7 @@ void panels(const Int4Task& t, int64_t b) {
       switch (rows) {
 #define PAGEDKV_ROWS(R)                                                                  \
   case R:                                                                                \
-    if constexpr (R <= kPanelRows) multiply<P, R, V>(panel, in, size, f, s, to);         \
+    if constexpr (R <= kPanelRows) multiply<P, R, V>(panel, in, size, f, s, c == 0, to); \
     break;
         PAGEDKV_ROWS(1)
         PAGEDKV_ROWS(2)
@@ -311,9 +325,9 @@ void panels(const Int4Task& t, int64_t b) {
 template <class P, int B>
 void columns(const Int4Task& t, int64_t b) {
   switch (t.rows) {
-#define PAGEDKV_ROWS(R)                                                   \
-  case R:                                                                 \
-    if constexpr (R <= kFusedRows) return fused<P, R, B>(t, 0, b);        \
+#define PAGEDKV_ROWS(R)                                            \
+  case R:                                                          \
+    if constexpr (R <= kFusedRows) return fused<P, R, B>(t, 0, b); \
     break;
     PAGEDKV_ROWS(1)
     PAGEDKV_ROWS(2)

@@ -1,13 +1,12 @@
 // int4_repack, int4_dequantize, int4_linear (contract: torch_pagedkv/ops/int4.py; layout: int4.h).
 //
-// Repacking and dequantising are one thread an output word or weight: they run once, when a model is loaded. int4_linear
-// in 16 bits is int4_mma.cu's; here are its preparation (a permuted or oddly aligned x is copied into rows padded with
-// zeros) and the float32 kernel, which has no tensor cores to go to: a lane owns an output, the warps of a CTA take its
-// words in turn, and their sums are added up in order.
-#include "int4.h"
-
+// Repacking and dequantising are one thread an output word or weight: they run once, when a model is loaded.
+// int4_linear in 16 bits is int4_mma.cu's; here are its preparation (a permuted or oddly aligned x is copied into rows
+// padded with zeros) and the float32 kernel, which has no tensor cores to go to: a lane owns an output, the warps of a
+// CTA take its words in turn, and their sums are added up in order.
 #include <algorithm>
 
+#include "int4.h"
 #include "reduce.cuh"
 
 namespace pagedkv {
@@ -57,9 +56,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
 
 // x [m, k0] -> [m, k_padded]: in the order of perm, zeros where there is no input.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const T* x, int64_t x_stride, int64_t k0, const int32_t* perm, int64_t m, int64_t k,
-                  int64_t k_padded, T* out) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const T* x, int64_t x_stride, int64_t k0, const int32_t* perm,
+                                                          int64_t m, int64_t k, int64_t k_padded, T* out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= m * k_padded) return;
   const int64_t row = i / k_padded, at = i % k_padded, from = at >= k ? -1 : perm ? perm[at] : at;
@@ -155,12 +153,13 @@ Tensor int4_dequantize_cuda(Tensor packed, Tensor scales, OptTensor zeros, OptTe
 }
 
 Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
-                        OptTensor bias, OptTensor residual, int64_t group_size, std::string activation) {
+                        OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
+                        std::string activation) {
   static constexpr const char* kNames[] = {"none", "silu", "gelu", "gelu_tanh"};
   static constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
   Int4Params p{};
-  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, activation,
-                                  kNames)];
+  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features,
+                                  activation, kNames)];
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t last = x.dim() - 1, k0 = x.size(last);
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
@@ -185,9 +184,8 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
   }
   Tensor input = even ? x : torch::stable::contiguous(x);
   p.x_stride = even ? stride : k0;
-  const OptTensor added = residual.has_value() && !residual->is_contiguous()
-                              ? OptTensor(torch::stable::contiguous(*residual))
-                              : residual;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
   p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;

@@ -12,7 +12,7 @@ struct Int4Params {
   const uint8_t* zeros;    // [groups, n] or null: 8
   const void* offsets;     // [groups, n] of scale_type or null
   ScalarType scale_type;
-  const void* x;     // [m, k], rows x_stride elements apart
+  const void* x;  // [m, k], rows x_stride elements apart
   int64_t x_stride;
   const void* bias;      // [n] or null
   const void* residual;  // [m, n] or null

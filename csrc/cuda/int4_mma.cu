@@ -1,9 +1,9 @@
 // int4_linear on tensor cores (mma.sync m16n8k16, float32 sums), for sm_80 and later.
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
 //
-// Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. A warp owns
-// 32 outputs; of a slice of 32 inputs lane (g, t) (4 g + t) reads 16 bytes of words, which are its fragments of W for
-// four mma (int4.h), and 16 bytes of each eighth row of x, its fragments of x for two. A nibble becomes a number by
+// Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. A warp
+// owns 32 outputs; of a slice of 32 inputs lane (g, t) (4 g + t) reads 16 bytes of words, which are its fragments of W
+// for four mma (int4.h), and 16 bytes of each eighth row of x, its fragments of x for two. A nibble becomes a number by
 //
 //     0x6400 | q is the half 1024 + q        0x4300 | q is the bfloat16 128 + q
 //
@@ -38,9 +38,9 @@ struct Shape {
   static constexpr int kWarpsK = kRows <= 16 ? 4 : 1, kWarpsN = kWarps / kWarpsK;
   static constexpr int kOutputs = kWarpsN * kInt4Block;
   static constexpr int kStages = kRows <= 32 ? 4 : 3;
-  static constexpr int kTiles = kRows / 8;                                       // of 8 rows
-  static constexpr int kWeightBytes = kInt4Block * kInt4StageK / 2;              // of a block in a stage
-  static constexpr int kXStart = kWarpsN * kWeightBytes;                         // in a stage
+  static constexpr int kTiles = kRows / 8;                           // of 8 rows
+  static constexpr int kWeightBytes = kInt4Block * kInt4StageK / 2;  // of a block in a stage
+  static constexpr int kXStart = kWarpsN * kWeightBytes;             // in a stage
   static constexpr int kStageBytes = kXStart + kRows * kInt4StageK * 2;
   static constexpr int kBytes = kStages * kStageBytes;
   static_assert(kBytes <= 99 * 1024, "sm_86 and sm_89 give a CTA no more");
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
         next = load_factors(change);
       }
       const int slice = i * S::kWarpsK + warp_k;
-      const uint4 words = *reinterpret_cast<const uint4*>(from + warp_n * S::kWeightBytes +
-                                                          ((4 * slice + t) * 8 + (g ^ (2 * t))) * 16);
+      const uint4 words =
+          *reinterpret_cast<const uint4*>(from + warp_n * S::kWeightBytes + ((4 * slice + t) * 8 + (g ^ (2 * t))) * 16);
       const uint32_t w[4] = {words.x, words.y, words.z, words.w};
       uint32_t a[2][2][4];  // [part][half of the slice]
 #pragma unroll
@@ -273,8 +273,8 @@ void launch(Int4Params& p, const Tensor& like, cudaStream_t stream) {
   constexpr int kLeastStages = 4, kMostSplits = 16, kCtasPerSm = kRows <= 16 ? 4 : 1;
   int sms = 1;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, like.get_device_index()));
-  const int64_t wanted = std::min({int64_t(kCtasPerSm) * sms / std::max<int64_t>(1, columns * rows),
-                                   stages / kLeastStages, int64_t(kMostSplits)});
+  const int64_t wanted = std::min(
+      {int64_t(kCtasPerSm) * sms / std::max<int64_t>(1, columns * rows), stages / kLeastStages, int64_t(kMostSplits)});
   p.stages = int((stages + std::max<int64_t>(1, wanted) - 1) / std::max<int64_t>(1, wanted));
   p.splits = p.stages == 0 ? 1 : int((stages + p.stages - 1) / p.stages);
   Tensor partial;

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from ops.samples_small import QUANTIZED, Inputs, Sample  # noqa: E402
+from ops.samples_small import INT4_KINDS, QUANTIZED, Inputs, Sample  # noqa: E402
 from ops.samples_small import samples as small_samples  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils import _pytree as pytree  # noqa: E402
@@ -188,6 +188,10 @@ def samples(device: str) -> Iterator[Sample]:
             "top_p": new.vector([0.9] * 3, torch.float32),
         }
         yield "sample", (x, ids, ids), options
+    for rows, dtype, kind in itertools.product((1, 16, 17, 70), FLOATS, INT4_KINDS):  # each tile, K split over CTAs
+        w = new.int4(160, 1288, 64, kind, torch.float16, ordered=rows != 17)
+        x, bias, residual = (new.normal(*s, dtype=dtype) for s in ((rows, 1288), (160,), (rows, 160)))
+        yield "int4_linear", (x, w.packed, *w.numbers, w.perm, bias, residual, w.group_size, 1288, "silu"), {}
     if device == "cuda":  # the host tier
         mapping = torch.tensor([[0, 4], [2, 1]])
         yield "swap_blocks", (torch.randn(3, 8, 4).pin_memory(), new.normal(5, 8, 4), mapping), {}

@@ -139,9 +139,10 @@ def samples(device: str) -> Iterator[Sample]:
             w = new.int4(45, 130, (32, 64, 130)[i], kind, (torch.float16, dtype, torch.float32)[i], i != 1)
             yield "int4_dequantize", (w.packed, *w.numbers, w.perm, w.group_size, 130, dtype), {}
             options = {"activation": ("none", "silu", "gelu_tanh")[i]}
-            more = (new.normal(45, dtype=dtype), new.normal(2, 3, 45, dtype=dtype)) if i else (None, None)
-            x = new.normal(2, 3, 130, dtype=dtype)
-            yield "int4_linear", (x, w.packed, *w.numbers, w.perm, *more, w.group_size), options
+            rows = ((1,), (2, 3), (20,))[i]
+            x = new.normal(*rows, 130, dtype=dtype)
+            more = (new.normal(45, dtype=dtype), new.normal(*rows, 45, dtype=dtype)) if i else (None, None)
+            yield "int4_linear", (x, w.packed, *w.numbers, w.perm, *more, w.group_size, 130), options
         yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
         seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
         parameters = {

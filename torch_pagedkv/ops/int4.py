@@ -15,8 +15,8 @@ offsets stay as they are, [groups, N].
 
 The floor is the bytes of the weights over the memory's bandwidth at few rows, the multiply-adds at many.
 
-Source: Frantar et al., GPTQ, arXiv:2210.17323; Lin et al., AWQ, arXiv:2306.00978; for the kernels Frantar et al., MARLIN,
-arXiv:2408.11743.
+Source: Frantar et al., GPTQ, arXiv:2210.17323; Lin et al., AWQ, arXiv:2306.00978; for the kernels Frantar et al.,
+MARLIN, arXiv:2408.11743.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def _(packed, scales, zeros, offsets, perm, group_size, in_features, dtype):
 
 @define(
     "int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor? perm, Tensor? bias, "
-    'Tensor? residual, int group_size, str activation="none") -> Tensor'
+    'Tensor? residual, int group_size, SymInt in_features, str activation="none") -> Tensor'
 )
-def _(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, activation="none"):
+def _(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features, activation="none"):
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
@@ -131,6 +131,7 @@ def int4_linear_reference(
     bias: Tensor | None,
     residual: Tensor | None,
     group_size: int,
+    in_features: int,
     activation: str = "none",
 ) -> Tensor:
     """The contract in plain PyTorch and float64."""
@@ -205,15 +206,18 @@ def int4_linear(
     residual: Tensor | None = None,
     *,
     group_size: int,
+    in_features: int,
     activation: str = "none",
 ) -> Tensor:
-    """activation(x W^T + bias) + residual for a packed 4-bit W. Products of x with the whole numbers q - 8 (or q - zero)
-    are summed in float32 over at most 128 inputs of one group, and then scaled; rows of one x do not depend on each
-    other, and equal calls give equal bits.
+    """activation(x W^T + bias) + residual for a packed 4-bit W.
+
+    Products of x with the whole numbers q - 8 (or q - zero) are summed in float32 over inputs of one group, and then
+    scaled. Rows of one x do not depend on each other, and equal calls give equal bits.
 
     Args:
-        x: [..., K0], float32, float16 or bfloat16, finite, any strides (copied unless unit in the last dimension).
-        packed: int32 [ceil(N / 32), 4 ceil(K / 32), 32] of `int4_repack`. K is K0 without `perm`.
+        x: [..., in_features], float32, float16 or bfloat16, finite, any strides (copied unless unit in the last
+            dimension).
+        packed: int32 [ceil(N / 32), 4 ceil(K / 32), 32] of `int4_repack`; K is in_features, or the length of `perm`.
         scales: [ceil(K / group_size), N], float32, float16 or bfloat16.
         zeros: uint8, scales' shape, 0..16; without zeros and offsets every zero is 8. (GPTQ's first format stores them
             less one: add it before.)
@@ -222,6 +226,7 @@ def int4_linear(
             other entries, a GPU takes them as -1.
         bias: [N] in x's dtype. residual: [..., N] in x's dtype, any strides.
         group_size: a multiple of 32, or K or more (-1) for one group. The last group may be short.
+        in_features: of the layer. (The packed form knows it up to padding only: this tells a wrong x.)
         activation: one of INT4_ACTIVATIONS.
 
     Returns:
@@ -230,5 +235,7 @@ def int4_linear(
     Raises:
         RuntimeError: a shape, dtype, device or layout that does not fit, by the argument's name.
     """
-    group_size = _one_group(group_size, perm, x.shape[-1])
-    return _ops.int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, activation)
+    group_size = _one_group(group_size, perm, in_features)
+    return _ops.int4_linear(
+        x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features, activation
+    )
