@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .config import PagedConfig
     from .kv.cache import PagedCache
     from .patches import patch, report, unpatch
+    from .quant.gguf import from_gguf
     from .quant.linear import Int4Linear
     from .quant.loading import from_pretrained
 
@@ -42,6 +43,7 @@ __all__ = [
     "PagedCache",
     "PagedConfig",
     "__version__",
+    "from_gguf",
     "from_pretrained",
     "ops",
     "patch",
@@ -53,6 +55,7 @@ _LAZY = {
     "Int4Linear": ".quant.linear",
     "PagedCache": ".kv.cache",
     "PagedConfig": ".config",
+    "from_gguf": ".quant.gguf",
     "from_pretrained": ".quant.loading",
     "patch": ".patches",
     "report": ".patches",

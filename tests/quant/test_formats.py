@@ -105,7 +105,9 @@ def test_any_assignment_of_inputs(counts: tuple[int, ...]) -> None:
     assert torch.equal(_dequantized(weight), layer.dense().float())
     x = torch.randn(3, k, dtype=torch.float64)
     form = weight.packed()
-    y = ops.int4_linear(x.float(), form.packed, form.scales, form.zeros, form.offsets, form.perm, group_size=form.run)
+    y = ops.int4_linear(
+        x.float(), form.packed, form.scales, form.zeros, form.offsets, form.perm, group_size=form.run, in_features=k
+    )
     torch.testing.assert_close(y.double(), x.float().double() @ layer.dense().T, rtol=1e-5, atol=1e-5)
     used = [group for group, count in enumerate(counts) if count]
     again = unpacked(

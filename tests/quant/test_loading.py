@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -318,3 +319,48 @@ def test_patch_of_a_loaded_model(form: str, tmp_path: Path) -> None:
     torch_pagedkv.unpatch(model)
     _check(checkpoint, model)
     assert all(type(module) is Int4Linear for _, module in loading.int4_layers(model))
+
+
+def test_compile_of_a_patched_model(tmp_path: Path) -> None:
+    """One graph a kind of step, no break, one call of the op a layer."""
+    checkpoint = writers.write_model(tmp_path, tiny.make("llama"), "gptq_v2", act_order=True)
+    model = _load(tmp_path)
+    want = tiny.generate(model, tiny.batch())
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        calls.append(sum("int4_linear" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch_pagedkv.patch(model)
+    model.compile(backend=backend, fullgraph=True)
+    assert torch.equal(tiny.generate(model, tiny.batch()), want)
+    assert set(calls) == {len(checkpoint.layers)}
+
+
+@pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}])
+def test_device_maps(options: dict[str, Any], tmp_path: Path) -> None:
+    checkpoint = writers.write_model(tmp_path, tiny.make("llama"), "awq")
+    _check(checkpoint, _load(tmp_path, **options))
+
+
+def test_shards_and_bin_files(tmp_path: Path) -> None:
+    checkpoint = writers.write_model(tmp_path / "a", tiny.make("llama"), "gptq")
+    _load(tmp_path / "a").save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    _check(checkpoint, _load(tmp_path / "shards"))
+    (tmp_path / "bin").mkdir()
+    torch.save(checkpoint.tensors, tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "config.json").write_text((tmp_path / "a" / "config.json").read_text())
+    _check(checkpoint, _load(tmp_path / "bin"))
+
+
+def test_gradients_and_copies_of_a_loaded_model(tmp_path: Path) -> None:
+    checkpoint = writers.write_model(tmp_path, tiny.make("llama"), "awq")
+    model, ids = _load(tmp_path), torch.arange(2, 26).view(2, 12)
+    _check(checkpoint, pickle.loads(pickle.dumps(model)))
+    _check(checkpoint, copy.deepcopy(model))
+    for each in (model, checkpoint.dense):
+        each(input_ids=ids, labels=ids).loss.backward()
+    grads = [m.get_input_embeddings().weight.grad for m in (model, checkpoint.dense)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)

@@ -444,7 +444,10 @@ def write(form: Format, weight: Int4Weight, scheme: Scheme | None = None) -> dic
         FormatError: the format cannot hold this weight exactly.
     """
     if weight.offsets is not None:
-        raise FormatError(f"a weight with offsets (from GGUF) has no exact form as {form.name}, whose zeros are whole")
+        raise FormatError(
+            f"a weight with offsets (from GGUF) has no exact {form.name} form, whose zeros are whole; "
+            "model.dequantize() gives float weights, which can be saved"
+        )
     if weight.g_idx is not None and form.g_idx is None:
         raise FormatError(
             f"a weight whose inputs are not in order of their groups (act-order) has no form as {form.name}"

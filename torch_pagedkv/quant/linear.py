@@ -137,8 +137,8 @@ class Int4Linear(nn.Linear):
             bias = bias.to(x.dtype)
         weight = (self.packed, self.scales, self.zeros, self.offsets, self.perm)
         if torch.is_grad_enabled() and x.requires_grad:
-            return _WithGradient.apply(x, *weight, bias, self.run)
-        return _linear(x, *weight, bias, self.run)
+            return _WithGradient.apply(x, *weight, bias, self.run, self.in_features)
+        return _linear(x, *weight, bias, self.run, self.in_features)
 
     def requires_grad_(self, requires_grad: bool = True) -> Int4Linear:
         """Raises RuntimeError when a gradient is asked for: there is no parameter to have it."""
@@ -187,8 +187,9 @@ def _linear(
     perm: Tensor | None,
     bias: Tensor | None,
     run: int,
+    inputs: int,
 ) -> Tensor:
-    return ops.int4_linear(x, packed, scales, zeros, offsets, perm, bias, group_size=run)
+    return ops.int4_linear(x, packed, scales, zeros, offsets, perm, bias, group_size=run, in_features=inputs)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -196,12 +197,11 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
-        *weight, _, run = args
+        *weight, _, ctx.run, ctx.inputs = args
         ctx.save_for_backward(*weight)
-        ctx.run, ctx.inputs = run, x.shape[-1]
         return _linear(x, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w = ops.int4_dequantize(*ctx.saved_tensors, group_size=ctx.run, in_features=ctx.inputs, dtype=grad.dtype)
-        return (grad @ w, *(None for _ in range(7)))
+        return (grad @ w, *(None for _ in range(8)))
