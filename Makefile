@@ -62,7 +62,7 @@ test-all: build
 test-oldest: build
 	@[ -d build/transformers-$(OLDEST) ] || \
 	  $(PIP_INSTALL) --target build/transformers-$(OLDEST) transformers==$(OLDEST)
-	@PYTHONPATH=build/transformers-$(OLDEST) $(PY) -m pytest $(WORKERS) -m 'not slow' tests/patches $(ARGS)
+	@PYTHONPATH=build/transformers-$(OLDEST) $(PY) -m pytest $(WORKERS) -m 'not slow' tests/patches tests/quant $(ARGS)
 
 bench: build
 	@$(PY) -m torch_pagedkv.cli bench $(ARGS)

@@ -364,3 +364,42 @@ def test_gradients_and_copies_of_a_loaded_model(tmp_path: Path) -> None:
         each(input_ids=ids, labels=ids).loss.backward()
     grads = [m.get_input_embeddings().weight.grad for m in (model, checkpoint.dense)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+HEADS = ("lm_head", "embed_out")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_every_family_patched(family: str, tmp_path: Path) -> None:
+    """4-bit layers in every kind of model that can be patched (of Mixtral's, those outside of the experts)."""
+    checkpoint = writers.write_model(tmp_path, tiny.make(family), "gptq", skip=HEADS)
+    model, inputs = _load(tmp_path), tiny.batch()
+    _check(checkpoint, model)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, tiny.PAD
+    want = tiny.generate(model, inputs)
+    torch_pagedkv.patch(model)
+    assert torch.equal(tiny.generate(model, inputs), want)
+    assert torch_pagedkv.report(model).replaced["int4_linear"] == len(checkpoint.layers)
+    assert not any(row.kind == "fusion" for row in torch_pagedkv.report(model).rows)
+    torch_pagedkv.unpatch(model)
+    _check(checkpoint, model)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_odd_sizes_and_a_quantised_head_patched(form: str, tmp_path: Path) -> None:
+    model = tiny.make("qwen2", intermediate_size=77, hidden_size=72, num_attention_heads=3, num_key_value_heads=1)
+    checkpoint = writers.write_model(tmp_path, model, form, skip=())
+    loaded, inputs = _load(tmp_path), tiny.batch()
+    _check(checkpoint, loaded)
+    loaded.generation_config.pad_token_id = tiny.PAD
+    want = tiny.generate(loaded, inputs)
+    torch_pagedkv.patch(loaded)
+    assert torch.equal(tiny.generate(loaded, inputs), want)
+
+
+def test_settings_given_by_the_user(tmp_path: Path) -> None:
+    """transformers' own configuration objects beside the checkpoint's."""
+    for form, settings in (("gptq", hf.GPTQConfig(bits=4, backend="auto")), ("awq", hf.AwqConfig(bits=4))):
+        checkpoint = writers.write_model(tmp_path / form, tiny.make("llama"), form)
+        with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+            _check(checkpoint, _load(tmp_path / form, quantization_config=settings))

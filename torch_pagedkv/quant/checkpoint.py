@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .formats import FORMATS, Format, Scheme
+
+logger = logging.getLogger("torch_pagedkv")
 
 #: quantization methods that are loaded here -> the packages that transformers' own loader needs
 METHODS = {
@@ -121,7 +124,9 @@ def _compressed(config: Mapping[str, Any]) -> Recipe:
     ):
         if content:
             raise ValueError(f"{name}: compressed-tensors checkpoints that need it are not supported")
-    rules = []
+    if config.get("kv_cache_scheme"):
+        logger.warning("torch_pagedkv: kv_cache_scheme is not applied; patch(model, kv_cache_dtype=...) is there for it")
+    rules: list[tuple[tuple[str, ...], Scheme]] = []
     for name, group in groups.items():
         where = f"config_groups.{name}"
         _need(f"{where}.format", group.get("format") or config.get("format"), ("pack-quantized",))
