@@ -125,7 +125,7 @@ def _compressed(config: Mapping[str, Any]) -> Recipe:
         if content:
             raise ValueError(f"{name}: compressed-tensors checkpoints that need it are not supported")
     if config.get("kv_cache_scheme"):
-        logger.warning("torch_pagedkv: kv_cache_scheme is not applied; patch(model, kv_cache_dtype=...) is there for it")
+        logger.warning("torch_pagedkv: kv_cache_scheme is not applied (patch has kv_cache_dtype for it)")
     rules: list[tuple[tuple[str, ...], Scheme]] = []
     for name, group in groups.items():
         where = f"config_groups.{name}"
