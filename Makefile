@@ -64,7 +64,8 @@ test-all: build
 test-oldest: build
 	@[ -d build/transformers-$(OLDEST) ] || \
 	  $(PIP_INSTALL) --target build/transformers-$(OLDEST) transformers==$(OLDEST)
-	@PYTHONPATH=build/transformers-$(OLDEST) $(PY) -m pytest $(WORKERS) -m 'not slow' tests/patches tests/reliability $(ARGS)
+	@PYTHONPATH=build/transformers-$(OLDEST) $(PY) -m pytest $(WORKERS) -m 'not slow' \
+	  tests/patches tests/reliability tests/quant $(ARGS)
 
 # The ops and torch.compile on the oldest torch that is supported: a download of gigabytes the first time.
 test-oldest-torch: build

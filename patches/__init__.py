@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..config import PagedConfig
-from . import attention, checks, fusion, generation
+from . import attention, checks, fusion, generation, weights
 from .checks import UnsupportedModelError
 from .log import PatchLog, ReportRow
 
@@ -43,7 +43,8 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
         ValueError: an option's value is out of range or not available on the device.
         UnsupportedModelError: the model cannot be patched; the message says why.
 
-    Whatever is raised, the model is as it was.
+    Whatever is raised, the model is as it was (its float weights only with `keep_original=True`, once `weights` was
+    through with them).
     """
     config = PagedConfig.merge(config, options)
     if is_patched(model):
@@ -51,9 +52,10 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
         return model
     checks.check_model(model, config)
     facts = checks.examine(model, config) if config.attention else None
-    stock = fusion.probe(model) if fusion.wanted(config) else None
     log = PatchLog()
     try:
+        weights.apply(model, config, log)
+        stock = fusion.probe(model) if fusion.wanted(config) else None
         if facts is not None:
             attention.apply(model, facts, log)
             generation.apply(model, config, facts, log)
@@ -61,6 +63,7 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
             fusion.apply(model, config, log, stock)
     except BaseException:
         log.undo()
+        _tell_of_weights(model, config)
         raise
     vars(model)[_STATE] = _State(log, config)
     return model
@@ -68,7 +71,8 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Restore a model exactly: methods, config objects, every module's attributes, the weights' storage. The cache is
-    dropped. A model that is not patched is left alone, and a warning says so.
+    dropped. A model that is not patched is left alone, and a warning says so. Weights that `patch` quantised come back
+    if it was told `keep_original=True`; else the model goes on with its 4-bit layers, and a warning says so.
 
     Returns:
         The same object.
@@ -81,7 +85,17 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         manager.discard()
     state: _State = vars(model).pop(_STATE)
     state.log.undo()
+    _tell_of_weights(model, state.config)
     return model
+
+
+def _tell_of_weights(model: PreTrainedModel, config: PagedConfig) -> None:
+    if weights.stay(model, config):
+        logger.warning(
+            "torch_pagedkv: the linear layers of %s stay 4-bit, their original weights were freed. Load the model "
+            "again to have them back, or patch(..., keep_original=True) to keep them beside the 4-bit ones.",
+            type(model).__name__,
+        )
 
 
 def is_patched(model: object) -> bool:

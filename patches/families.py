@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kv.cache import PagedLayer, active_layer
+from . import match
 from .attention import attend
 from .log import PatchLog
 
@@ -174,7 +175,7 @@ def _inner(self: Any, query: Tensor, key: Any, value: Any, *args: Any, **kwargs:
     if not isinstance(key, PagedLayer):
         return type(self)._attn(self, query, key, value, *args, **kwargs)
     bound: Bound = self._pagedkv_family
-    query = query.to(next(self.parameters()).dtype)  # some keep it in float32 behind the rotary embedding
+    query = query.to(_weight(self).dtype)  # some keep it in float32 behind the rotary embedding
     out = attend(key, query, scaling=bound.scaling, sliding_window=bound.window)
     return out.transpose(1, 2), None
 
@@ -187,12 +188,20 @@ class Bound:
     scaling: float | None
     window: int | None
     slopes: Tensor | None
+    projection: str  # name of a child that has the module's dtype and device, quantised or not
+
+
+def _weight(module: Any) -> Tensor:
+    """A tensor of the module's dtype and device."""
+    weight = match.weight_like(module.get_submodule(module._pagedkv_family.projection))
+    assert weight is not None
+    return weight
 
 
 def _slopes(module: Any) -> Tensor:
     """The module's slopes on its device."""
     bound: Bound = module._pagedkv_family
-    device = next(module.parameters()).device
+    device = _weight(module).device
     assert bound.slopes is not None
     if bound.slopes.device != device:
         bound.slopes = bound.slopes.to(device)
@@ -274,11 +283,14 @@ def bind(module: nn.Module, log: PatchLog) -> None:
     cls: Any = type(module)
     arguments = tuple(inspect.signature(cls.forward).parameters)[1:]
     slopes = recipe.slopes(module)
+    children = module.named_modules()
+    name, weight = next((name, w) for name, child in children if (w := match.weight_like(child)) is not None)
     bound = Bound(
         arguments=arguments,
         scaling=None if recipe.scaling is None else recipe.scaling(module),
         window=recipe.window(module),
-        slopes=None if slopes is None else slopes.to(next(module.parameters()).device),
+        slopes=None if slopes is None else slopes.to(weight.device),
+        projection=name,
     )
     log.set_attribute(module, "_pagedkv_family", bound)
     if recipe.forward is None:

@@ -15,7 +15,7 @@ class ReportRow:
     """One module of the model: the op it runs now, or why it was left as it was."""
 
     module: str  # qualified name inside the model
-    kind: str  # "attention", "norm", "mlp", "linear", "rotary", "residual", "generation"
+    kind: str  # "attention", "norm", "mlp", "linear", "rotary", "residual", "weights", "generation"
     op: str | None  # name of the op, None: left alone
     reason: str = ""
 

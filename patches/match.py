@@ -73,6 +73,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def weight_like(module: nn.Module) -> Tensor | None:
+    """A tensor with the dtype, device and requires_grad of a linear layer's weight: the weight itself, or what stands
+    for it where it is packed."""
+    found = module._buffers.get("like", module._parameters.get("weight"))
+    return getattr(module, "weight", None) if found is None else found
+
+
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The one argument of a norm or MLP forward, whose name differs from class to class."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -45,7 +45,7 @@ def _gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     x = match.first_argument(args, kwargs)
     spec: GatedMLPSpec = vars(self)["_pagedkv_mlp"]
     gate, up = getattr(self, spec.gate), getattr(self, spec.up)
-    if match.wants_grad(x, getattr(gate, "weight", None)):
+    if match.wants_grad(x, match.weight_like(gate)):
         return type(self).forward(self, x)
     fused = vars(self).get("_pagedkv_gate_up")
     if gate is up:
@@ -111,7 +111,7 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
             log.kept(name, "mlp", "its forward branches, or something else is bound to it")
             continue
         gate, up = getattr(module, spec.gate), getattr(module, spec.up)
-        weight = getattr(gate, "weight", None)
+        weight = match.weight_like(gate)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or not isinstance(gate, nn.Linear):
             log.kept(name, "mlp", "its projections are not plain linears")
             continue

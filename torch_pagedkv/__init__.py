@@ -26,16 +26,37 @@ from ._native import load as _load  # noqa: E402
 
 _load()
 
+from .quant import hook as _hook  # noqa: E402
+
+_hook.install()
+
 if TYPE_CHECKING:
     from .config import PagedConfig
     from .kv.cache import PagedCache
     from .patches import patch, report, unpatch
+    from .quant.gguf import from_gguf
+    from .quant.linear import Int4Linear
+    from .quant.loading import from_pretrained
 
-__all__ = ["PagedCache", "PagedConfig", "__version__", "ops", "patch", "report", "unpatch"]
+__all__ = [
+    "Int4Linear",
+    "PagedCache",
+    "PagedConfig",
+    "__version__",
+    "from_gguf",
+    "from_pretrained",
+    "ops",
+    "patch",
+    "report",
+    "unpatch",
+]
 
 _LAZY = {
+    "Int4Linear": ".quant.linear",
     "PagedCache": ".kv.cache",
     "PagedConfig": ".config",
+    "from_gguf": ".quant.gguf",
+    "from_pretrained": ".quant.loading",
     "patch": ".patches",
     "report": ".patches",
     "unpatch": ".patches",

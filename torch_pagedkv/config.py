@@ -42,6 +42,12 @@ class PagedConfig:
         fuse_rotary: the rotary embedding and the cache write in one kernel.
         fuse_linear: on the CPU, linear layers on few rows by a kernel of our own; on CUDA (True: everywhere),
             projections of the same input (q, k, v; gate, up) in one matrix product.
+        weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
+            output and group of inputs (round-to-nearest: no data needed). None leaves them as they were loaded, also
+            if that is in 4 bits.
+        group_size: inputs in such a group, a multiple of 32; -1: all. The last group of a layer may be short.
+        keep_original: keep the weights that `weights` replaces, so that `unpatch` brings them back. False frees them,
+            layer by layer; the unpatched model then runs on its 4-bit layers.
     """
 
     block_size: int = 16
@@ -57,6 +63,9 @@ class PagedConfig:
     fuse_mlp: Fuse = "auto"
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
+    weights: Literal["int4"] | None = None
+    group_size: int = 128
+    keep_original: bool = False
 
     def __post_init__(self) -> None:
         _one_of("block_size", self.block_size, BLOCK_SIZES, "a power of two")
@@ -70,7 +79,11 @@ class PagedConfig:
             raise ValueError(f"memory_fraction: got {self.memory_fraction!r}, needs a number in (0, 1]")
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
-        for name in ("prefix_caching", "attention"):
+        _one_of("weights", self.weights, (None, "int4"))
+        size = self.group_size
+        if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
+            raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
+        for name in ("prefix_caching", "attention", "keep_original"):
             _one_of(name, getattr(self, name), (True, False))
         for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear"):
             _one_of(name, getattr(self, name), _FUSE)
