@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import torch_pagedkv
+from torch_pagedkv import PagedCache
 from torch_pagedkv.evals import coverage, shrink
 from torch_pagedkv.patches import attention, match
 
@@ -109,7 +110,8 @@ def test_wrong_attention_is_found(change: dict[str, Any], monkeypatch: pytest.Mo
 
 def test_wrong_report_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that gathers pages although the report says that it reads them."""
-    monkeypatch.setattr("torch_pagedkv.kv.cache.PagedCache.is_paged", lambda *_: False)
+    plan = PagedCache.plan
+    monkeypatch.setattr(PagedCache, "plan", lambda *args, **options: plan(*args, **(options | {"dense": True})))
     row = coverage.measure("LlamaForCausalLM", switches=False)
     assert row["result"] == coverage.WRONG and "layers run paged_attention" in row["reason"]
 
