@@ -87,6 +87,8 @@ def _layers(model: PreTrainedModel, log: PatchLog) -> list[tuple[str, nn.Module]
             continue
         if id(module) in heads:
             log.kept(name, "weights", "the language head keeps its precision")
+        elif ".lora_" in name:
+            log.kept(name, "weights", "an adapter")
         elif match.is_bound_elsewhere(module):
             log.kept(name, "weights", "something else is bound to it")
         elif owners[id(module.weight)] > 1:
@@ -130,6 +132,10 @@ def _replace(module: nn.Module, group_size: int, undo: PatchLog | None) -> None:
 
 
 def _restore(module: nn.Module, cls: type, parameters: dict[str, Any], names: frozenset[str]) -> None:
+    like = match.weight_like(module)  # the model may have been moved since
+    for parameter in parameters.values():
+        if parameter is not None and like is not None:
+            parameter.data = parameter.data.to(like.device, like.dtype)
     for name in [*module._buffers]:
         delattr(module, name)
     for name in set(vars(module)) - names:

@@ -206,3 +206,23 @@ def test_prefixes_of_other_weights_are_forgotten() -> None:
     got = tiny.generate(model, inputs)
     model.paged_cache.reset()
     assert torch.equal(tiny.generate(model, inputs), got)
+
+
+def test_originals_follow_a_model_that_was_cast() -> None:
+    model, inputs = tiny.make("qwen2"), tiny.batch()
+    want = tiny.generate(copy.deepcopy(model).to(torch.bfloat16), inputs)
+    torch_pagedkv.patch(model, weights="int4", keep_original=True)
+    model.to(torch.bfloat16)
+    tiny.generate(model, inputs)
+    torch_pagedkv.unpatch(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(tiny.generate(model, inputs), want)
+
+
+def test_dequantize_while_patched() -> None:
+    model = tiny.make("llama")
+    torch_pagedkv.patch(model, weights="int4", keep_original=True)
+    want = _logits(model)
+    model.dequantize()
+    assert not list(int4_layers(model))
+    torch.testing.assert_close(_logits(model), want, rtol=1e-4, atol=1e-4)

@@ -195,11 +195,13 @@ def _by_module(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, d
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     own = dict(model.state_dict())
     modules: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}
     for key, tensor in stored.items():
         module, _, leaf = key.rpartition(".")
-        twin, merged = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, own)
-        name = module if merged is not None else twin.removesuffix(".weight")
-        modules.setdefault(name, {})[leaf] = tensor
+        if module not in names:
+            twin, merged = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, own)
+            names[module] = module if merged is not None else twin.removesuffix(".weight")
+        modules.setdefault(names[module], {})[leaf] = tensor
     return modules
 
 
