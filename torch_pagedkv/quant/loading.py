@@ -261,9 +261,9 @@ class Rounded(Int4Quantizer):
     0: that one it stores as -1, which some readers take for 0 and others for 16. The second format has no such case."""
 
     @classmethod
-    def of(cls, group_size: int) -> Rounded:
-        """For round-to-nearest with groups of `group_size` inputs."""
-        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False))
+    def of(cls, group_size: int, lm_head: bool = False) -> Rounded:
+        """For round-to-nearest with groups of `group_size` inputs; `lm_head`: the language head is 4-bit too."""
+        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False, lm_head=lm_head))
 
     def _form(self, model: PreTrainedModel) -> formats.Format:
         zero = any(m.zeros is not None and bool((m.zeros == 0).any()) for _, m in int4_layers(model))
