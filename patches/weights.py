@@ -62,6 +62,10 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         raise UnsupportedModelError(
             f"weights={config.weights!r}: {type(model).__name__} has no linear layer to quantise"
         )
+    if quantizer is not None and layers and quantizer.quantization_config.group_size != config.group_size:
+        # one checkpoint has one group size
+        size = quantizer.quantization_config.group_size
+        raise ValueError(f"group_size: got {config.group_size}, but the model has 4-bit layers in groups of {size}")
     for name, module in layers:
         if not bool(torch.isfinite(_matrix(module)).all()):
             raise ValueError(f"weights: {name}.weight has entries that are NaN or infinite")
@@ -74,7 +78,9 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
     if isinstance(head, Int4Linear) and ties.pop(f"{_name_of(model, head)}.weight", None) is not None:
         marks.set_attribute(model, "all_tied_weights_keys", ties)
         marks.set_attribute(model.config, "tie_word_embeddings", False)
-    if quantizer is None:
+    if quantizer is not None:
+        quantizer.quantization_config.lm_head = isinstance(head, Int4Linear)
+    else:
         # what save_pretrained writes
         made = Rounded.of(config.group_size, lm_head=isinstance(head, Int4Linear))
         marks.set_attribute(model, "hf_quantizer", made)

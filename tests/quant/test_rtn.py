@@ -246,3 +246,14 @@ def test_quantised_head(tied: bool, tmp_path: Path) -> None:
     assert torch.equal(_logits(model), stock)
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     assert model.config.tie_word_embeddings == tied and bool(model.all_tied_weights_keys) == tied
+
+
+def test_quantising_the_head_later(tmp_path: Path) -> None:
+    model = torch_pagedkv.unpatch(torch_pagedkv.patch(tiny.make("llama"), weights="int4", group_size=32))
+    with pytest.raises(ValueError, match="group_size: got 64, but the model has 4-bit layers in groups of 32"):
+        torch_pagedkv.patch(model, weights="int4", group_size=64, quantize_head=True)
+    torch_pagedkv.patch(model, weights="int4", group_size=32, quantize_head=True)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert isinstance(again.lm_head, Int4Linear)
+    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=1e-4)
