@@ -57,39 +57,53 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         raise ValueError(
             f"weights: got {config.weights!r}, but the model is quantised already ({getattr(method, 'value', method)})"
         )
-    layers = _layers(model, log)
+    layers = _layers(model, config, log)
     if not layers and not any(True for _ in int4_layers(model)):
         raise UnsupportedModelError(
             f"weights={config.weights!r}: {type(model).__name__} has no linear layer to quantise"
         )
+    if quantizer is not None and layers and quantizer.quantization_config.group_size != config.group_size:
+        # one checkpoint has one group size
+        size = quantizer.quantization_config.group_size
+        raise ValueError(f"group_size: got {config.group_size}, but the model has 4-bit layers in groups of {size}")
     for name, module in layers:
         if not bool(torch.isfinite(_matrix(module)).all()):
             raise ValueError(f"weights: {name}.weight has entries that are NaN or infinite")
     undo = log if config.keep_original else None
     for _, module in hf_logging.tqdm(layers, desc="Quantising to 4 bits"):
         _replace(module, config.group_size, undo)
-    if quantizer is None:
+    marks = undo or PatchLog()
+    head = model.get_output_embeddings()
+    ties = dict(model.all_tied_weights_keys)
+    if isinstance(head, Int4Linear) and ties.pop(f"{_name_of(model, head)}.weight", None) is not None:
+        marks.set_attribute(model, "all_tied_weights_keys", ties)
+        marks.set_attribute(model.config, "tie_word_embeddings", False)
+    if quantizer is not None:
+        quantizer.quantization_config.lm_head = isinstance(head, Int4Linear)
+    else:
         # what save_pretrained writes
-        made, marks = Rounded.of(config.group_size), undo or PatchLog()
+        made = Rounded.of(config.group_size, lm_head=isinstance(head, Int4Linear))
         marks.set_attribute(model, "hf_quantizer", made)
         marks.set_attribute(model.config, "quantization_config", made.quantization_config)
 
 
-def _layers(model: PreTrainedModel, log: PatchLog) -> list[tuple[str, nn.Module]]:
+def _layers(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> list[tuple[str, nn.Module]]:
     """The layers to quantise; why the others are not goes into the report."""
     owners = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    heads = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    head = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():
         if any(p is not None and p.dim() == 3 for p in module._parameters.values()):
             log.kept(name, "weights", "a stack of matrices (experts, a convolution), not a linear layer")
         if not isinstance(module, (nn.Linear, Conv1D)) or isinstance(module, Int4Linear):
             continue
-        if id(module) in heads:
-            log.kept(name, "weights", "the language head keeps its precision")
+        if module is head and not config.quantize_head:
+            log.kept(name, "weights", "the language head keeps its precision (quantize_head)")
+        elif ".lora_" in name:
+            log.kept(name, "weights", "an adapter")
         elif match.is_bound_elsewhere(module):
             log.kept(name, "weights", "something else is bound to it")
-        elif owners[id(module.weight)] > 1:
+        elif owners[id(module.weight)] > 1 and module is not head:
             log.kept(name, "weights", "its weight is shared with another module")
         elif module.weight.dtype not in MODEL_DTYPES:
             log.kept(name, "weights", f"its weight is {module.weight.dtype}")
@@ -116,6 +130,10 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and match.close_enough(got, F.linear(x, weight, module.bias))
 
 
+def _name_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((name for name, each in model.named_modules() if each is module), "")
+
+
 def _matrix(module: Any) -> Tensor:
     """[N, K]."""
     return module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
@@ -130,6 +148,10 @@ def _replace(module: nn.Module, group_size: int, undo: PatchLog | None) -> None:
 
 
 def _restore(module: nn.Module, cls: type, parameters: dict[str, Any], names: frozenset[str]) -> None:
+    like = match.weight_like(module)  # the model may have been moved since
+    for parameter in parameters.values():
+        if parameter is not None and like is not None:
+            parameter.data = parameter.data.to(like.device, like.dtype)
     for name in [*module._buffers]:
         delattr(module, name)
     for name in set(vars(module)) - names:

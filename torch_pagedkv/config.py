@@ -46,6 +46,8 @@ class PagedConfig:
             output and group of inputs (round-to-nearest: no data needed). None leaves them as they were loaded, also
             if that is in 4 bits.
         group_size: inputs in such a group, a multiple of 32; -1: all. The last group of a layer may be short.
+        quantize_head: round the language head with them. One that is tied to the embedding gets 4-bit numbers of its
+            own: more memory, but fewer bytes to read for each token.
         keep_original: keep the weights that `weights` replaces, so that `unpatch` brings them back. False frees them,
             layer by layer; the unpatched model then runs on its 4-bit layers.
     """
@@ -65,6 +67,7 @@ class PagedConfig:
     fuse_linear: Fuse = "auto"
     weights: Literal["int4"] | None = None
     group_size: int = 128
+    quantize_head: bool = False
     keep_original: bool = False
 
     def __post_init__(self) -> None:
@@ -83,7 +86,7 @@ class PagedConfig:
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
-        for name in ("prefix_caching", "attention", "keep_original"):
+        for name in ("prefix_caching", "attention", "quantize_head", "keep_original"):
             _one_of(name, getattr(self, name), (True, False))
         for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear"):
             _one_of(name, getattr(self, name), _FUSE)

@@ -206,3 +206,54 @@ def test_prefixes_of_other_weights_are_forgotten() -> None:
     got = tiny.generate(model, inputs)
     model.paged_cache.reset()
     assert torch.equal(tiny.generate(model, inputs), got)
+
+
+def test_originals_follow_a_model_that_was_cast() -> None:
+    model, inputs = tiny.make("qwen2"), tiny.batch()
+    want = tiny.generate(copy.deepcopy(model).to(torch.bfloat16), inputs)
+    torch_pagedkv.patch(model, weights="int4", keep_original=True)
+    model.to(torch.bfloat16)
+    tiny.generate(model, inputs)
+    torch_pagedkv.unpatch(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(tiny.generate(model, inputs), want)
+
+
+def test_dequantize_while_patched() -> None:
+    model = tiny.make("llama")
+    torch_pagedkv.patch(model, weights="int4", keep_original=True)
+    want = _logits(model)
+    model.dequantize()
+    assert not list(int4_layers(model))
+    torch.testing.assert_close(_logits(model), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantised_head(tied: bool, tmp_path: Path) -> None:
+    model, inputs = tiny.make("llama", tie_word_embeddings=tied), tiny.batch()
+    stock, embedding = _logits(model), model.get_input_embeddings().weight
+    torch_pagedkv.patch(model, weights="int4", group_size=32, quantize_head=True, keep_original=True)
+    assert isinstance(model.lm_head, Int4Linear)
+    want, tokens = _logits(model), tiny.generate(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again.get_input_embeddings().weight, embedding)
+    torch.testing.assert_close(_logits(again), want, rtol=1e-4, atol=1e-4)
+    again.generation_config.eos_token_id, again.generation_config.pad_token_id = None, tiny.PAD
+    assert torch.equal(tiny.generate(again, inputs), tokens)
+    torch_pagedkv.unpatch(model)
+    assert torch.equal(_logits(model), stock)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.config.tie_word_embeddings == tied and bool(model.all_tied_weights_keys) == tied
+
+
+def test_quantising_the_head_later(tmp_path: Path) -> None:
+    model = torch_pagedkv.unpatch(torch_pagedkv.patch(tiny.make("llama"), weights="int4", group_size=32))
+    with pytest.raises(ValueError, match="group_size: got 64, but the model has 4-bit layers in groups of 32"):
+        torch_pagedkv.patch(model, weights="int4", group_size=64, quantize_head=True)
+    torch_pagedkv.patch(model, weights="int4", group_size=32, quantize_head=True)
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert isinstance(again.lm_head, Int4Linear)
+    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=1e-4)

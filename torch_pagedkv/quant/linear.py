@@ -69,7 +69,7 @@ class Int4Linear(nn.Linear):
         module._parameters.pop("weight", None)
         module.__class__ = cls
         assert isinstance(module, Int4Linear)
-        module.hold(weight, None if bias is None else bias.detach(), dtype, source)
+        module.hold(weight, bias, dtype, source)
         return module
 
     def hold(self, weight: Int4Weight, bias: Tensor | None, dtype: torch.dtype, source: str) -> None:
@@ -81,7 +81,7 @@ class Int4Linear(nn.Linear):
         self.source = source
         for name in ("packed", "scales", "zeros", "offsets", "perm", "g_idx"):
             self.register_buffer(name, getattr(form, name))
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.q.device), persistent=False)
 
     def logical(self) -> Int4Weight:

@@ -195,11 +195,13 @@ def _by_module(model: PreTrainedModel, stored: dict[str, Tensor]) -> dict[str, d
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     own = dict(model.state_dict())
     modules: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}
     for key, tensor in stored.items():
         module, _, leaf = key.rpartition(".")
-        twin, merged = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, own)
-        name = module if merged is not None else twin.removesuffix(".weight")
-        modules.setdefault(name, {})[leaf] = tensor
+        if module not in names:
+            twin, merged = rename_source_key(f"{module}.weight", renamings, converters, model.base_model_prefix, own)
+            names[module] = module if merged is not None else twin.removesuffix(".weight")
+        modules.setdefault(names[module], {})[leaf] = tensor
     return modules
 
 
@@ -259,9 +261,9 @@ class Rounded(Int4Quantizer):
     0: that one it stores as -1, which some readers take for 0 and others for 16. The second format has no such case."""
 
     @classmethod
-    def of(cls, group_size: int) -> Rounded:
-        """For round-to-nearest with groups of `group_size` inputs."""
-        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False))
+    def of(cls, group_size: int, lm_head: bool = False) -> Rounded:
+        """For round-to-nearest with groups of `group_size` inputs; `lm_head`: the language head is 4-bit too."""
+        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False, lm_head=lm_head))
 
     def _form(self, model: PreTrainedModel) -> formats.Format:
         zero = any(m.zeros is not None and bool((m.zeros == 0).any()) for _, m in int4_layers(model))
