@@ -69,9 +69,11 @@ def test_one_graph_for_prompts_and_one_for_decoding(way: Callable[..., Any]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma3", "phi3", "mixtral", "gpt2", "gpt_neox", "falcon_mqa", "falcon_alibi", "bloom", "mpt"]
+)
 def test_every_family_compiles_whole(family: str) -> None:
-    """Sliding windows and models that build their masks in any case included."""
+    """Each form of attention: sliding windows and models that build their masks in any case included."""
     stock, model, counter = tiny.make(family), tiny.make(family), CompileCounterWithBackend("eager")
     module(torch_pagedkv.patch(model), fullgraph=True, backend=counter)
     check_tokens(model, stock, PROMPTS)
@@ -194,8 +196,7 @@ def test_wrapped_before_patched_and_unpatched_behind_it() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kv_cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("way, kv_cache_dtype", [(module, None), (wrapper, "int8"), (forward, None)])
 def test_inductor_leaves_the_same_cache_and_tokens(way: Callable[..., Any], kv_cache_dtype: str | None) -> None:
     """Every key and value is where eager code puts it: torch 2.11 compiles a mutated view to a wrong address where the
     tensor it is a view of has an offset in its storage. Caches are passed whole, and have none."""
