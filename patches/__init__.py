@@ -1,8 +1,8 @@
 """`patch`, `unpatch` and `report`: a loaded HuggingFace causal language model onto paged attention and fused kernels.
 
-Everything is bound to the one model given: no class, no other model and no global state of transformers changes (two
-attention functions are added to its interface under names of our own). What is done is written to a `PatchLog`, which
-undoes it exactly.
+Everything is bound to the one model given: no other model and no global state of transformers changes (two attention
+functions are added to its interface under names of our own; the wrapper that torch.compile makes learns `generate` for
+patched models). What is done is written to a `PatchLog`, which undoes it exactly.
 """
 
 from __future__ import annotations
