@@ -133,7 +133,8 @@ def test_forward_of_ones_own_without_positions() -> None:
         with torch.no_grad():
             for step in [ids[:, :-3], *ids[:, -3:].split(1, 1)]:
                 got = model(step, past_key_values=cache).logits
-                torch.testing.assert_close(got, stock(step, past_key_values=want).logits, rtol=1e-4, atol=1e-5)
+                exact = stock(step, past_key_values=want).logits
+                assert (got - exact).norm() <= 2e-6 * exact.norm()
     assert counter.frame_count == 2
 
 
@@ -215,7 +216,8 @@ def test_inductor_leaves_the_same_cache_and_tokens(way: Callable[..., Any], kv_c
         if want.dtype == torch.int8:  # a rounding before the last bit may end on the other side of it
             assert (got.int() - want.int()).abs().max() <= 1
         else:
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+            assert (got - want).norm() <= 2e-6 * want.norm()
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_generated_code_calls_each_op_once_and_fuses_around_them() -> None:

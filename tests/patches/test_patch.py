@@ -313,8 +313,10 @@ def test_gradients_through_a_paged_cache(family: str, training: bool) -> None:
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), second.flatten()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
+    largest = max(want.norm() for want in gradients[0].values())
     for name, want in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], want, rtol=2e-4, atol=1e-6 * float(want.abs().max()) + 1e-12)
+        # a gradient that is 0 but for roundings (a key's bias shifts all logits alike) has no size of its own
+        assert (gradients[1][name] - want).norm() <= 5e-6 * want.norm() + 1e-9 * largest, name
 
 
 def test_a_plan_made_without_gradients_is_made_again_with_them() -> None:
