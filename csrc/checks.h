@@ -22,7 +22,7 @@ inline void check_shape(const char* op, const char* arg, const Tensor& t, std::i
     ++i;
   }
   if (ok) return;
-  std::ostringstream s;
+  Text s;
   s << layout << " (";
   const char* sep = "";
   for (int64_t w : want) {
@@ -34,7 +34,7 @@ inline void check_shape(const char* op, const char* arg, const Tensor& t, std::i
     sep = ", ";
   }
   s << ")";
-  fail(op, ": ", arg, ": got shape ", shape_of(t), ", needs ", s.str());
+  fail(op, ": ", arg, ": got shape ", shape_of(t), ", needs ", s.str);
 }
 inline void check_float(const char* op, const char* arg, const Tensor& t) {
   PAGEDKV_CHECK(is_float(t.scalar_type()), op, arg, dtype_of(t), "float32, float16 or bfloat16");
@@ -76,7 +76,7 @@ inline void check_row_strides(const char* op, const char* arg, const Tensor& t) 
                   "a multiple of 8 elements");
   const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
   PAGEDKV_CHECK(t.numel() == 0 || address % (8 * t.element_size()) == 0, op, arg,
-                "data at address 0x" << std::hex << address, "an address aligned to 8 elements");
+                "data at address " << t.const_data_ptr(), "an address aligned to 8 elements");
 }
 
 // cache --------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 namespace pagedkv {
@@ -29,12 +31,37 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
+// The text of a message, put together with <<. Not a std::ostringstream: some toolchains link libstdc++ statically into
+// a shared library, and a stream of that copy, printing a number, looks for a facet in the locale of the process's own
+// copy and crashes.
+struct Text {
+  std::string str;
+  Text& operator<<(std::string_view s) {
+    str += s;
+    return *this;
+  }
+  template <class N>
+    requires std::is_arithmetic_v<N>
+  Text& operator<<(N n) {
+    if constexpr (std::is_integral_v<N>) return *this << std::string_view(std::to_string(n));
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", double(n));
+    return *this << digits;
+  }
+  Text& operator<<(const void* address) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%p", address);
+    return *this << digits;
+  }
+  Text& operator<<(const char* s) { return *this << std::string_view(s); }
+};
+
 inline std::string shape_of(const Tensor& t) {
-  std::ostringstream s;
+  Text s;
   s << "[";
   for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
   s << "]";
-  return s.str();
+  return s.str;
 }
 
 // A dtype as Python writes it.
@@ -70,19 +97,19 @@ inline bool is_quantized(ScalarType t) { return t == ScalarType::Char || t == Sc
 
 template <class... Args>
 [[noreturn]] inline void fail(const Args&... args) {
-  std::ostringstream s;
+  Text s;
   (s << ... << args);
-  throw std::runtime_error(s.str());
+  throw std::runtime_error(s.str);
 }
 // Every message reads "op: argument: got X, needs Y" (STD_TORCH_CHECK would put a source path in front of it). `got`
 // may be a chain of <<.
-#define PAGEDKV_CHECK(cond, op, arg, got, ...)                 \
-  do {                                                         \
-    if (!(cond)) {                                             \
-      std::ostringstream message;                              \
-      message << op << ": " << arg << ": got " << got;         \
-      ::pagedkv::fail(message.str(), ", needs ", __VA_ARGS__); \
-    }                                                          \
+#define PAGEDKV_CHECK(cond, op, arg, got, ...)               \
+  do {                                                       \
+    if (!(cond)) {                                           \
+      ::pagedkv::Text message;                               \
+      message << op << ": " << arg << ": got " << got;       \
+      ::pagedkv::fail(message.str, ", needs ", __VA_ARGS__); \
+    }                                                        \
   } while (0)
 
 // Calls f with a value of the C++ type behind a float32 / float16 / bfloat16 dtype.

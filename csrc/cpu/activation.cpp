@@ -27,7 +27,7 @@ Tensor silu_and_mul(Tensor gate, Tensor up) {
 Tensor gelu_and_mul(Tensor gate, Tensor up, std::string approximate) {
   check_gated("gelu_and_mul", gate, up);
   PAGEDKV_CHECK(approximate == "none" || approximate == "tanh", "gelu_and_mul", "approximate",
-                '"' << approximate << '"', "\"none\" or \"tanh\"");
+                "\"" << approximate << "\"", "\"none\" or \"tanh\"");
   return activate(approximate == "tanh" ? Act::kGeluTanh : Act::kGelu, gate, nullptr, &up);
 }
 

@@ -517,7 +517,11 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
   }
 
   // Normalise. The sink is one more term of the sum; a row that saw nothing, since no page exists, becomes 0 and -inf.
-  if constexpr (S::kWide) __syncthreads();  // K and V lie where the output is staged
+  // The output is staged over the warp's own queries, or, where wide heads need the room, over K and V.
+  if constexpr (S::kWide)
+    __syncthreads();
+  else
+    __syncwarp();
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
