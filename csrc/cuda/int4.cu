@@ -34,24 +34,71 @@ struct Dequantize {
   const uint8_t* zeros;
   const int32_t* perm;  // [k] or null
   ScalarType scale_type;
-  int64_t n, k, k_padded, group, in_features;
-  void* w;  // [n, in_features]
+  int64_t n, k, k_padded, group, in_features;  // n: outputs of `scales`
+  int64_t first_n, end_n;                      // outputs that are written, the first to row 0
+  void* w;                                     // [end_n - first_n, in_features]
 };
 
+// A thread has a lane's 16 bytes of words: eight inputs of four outputs. Four lanes write 64 consecutive bytes.
 template <class T>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Dequantize p) {
+__global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_constant__ Dequantize p, int64_t count) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.n * p.k) return;
-  const int64_t row = i / p.k, k = i % p.k, to = p.perm ? p.perm[k] : k;
-  if (to < 0 || to >= p.in_features) return;
-  const uint32_t word =
-      p.packed[(row / kInt4Block * (p.k_padded / kInt4Word) + k / kInt4Word) * kInt4Block + row % kInt4Block];
-  const int q = int((word >> int4_shift(int(k % kInt4Word))) & 15u) ^ 8;
-  const int64_t at = k / p.group * p.n + row;
-  const float scale = load_scale(p.scales, p.scale_type, at);
-  const float value = p.offsets ? float(double(scale) * q + double(load_scale(p.offsets, p.scale_type, at)))
-                                : __fmul_rn(scale, float(q - (p.zeros ? int(p.zeros[at]) : 8)));
-  static_cast<T*>(p.w)[row * p.in_features + to] = from_float<T>(value);
+  if (i >= count) return;
+  const int lane = int(i % 32), t = lane % 4;
+  const Quotient at = divide(i / 32, p.k_padded / kInt4Block);
+  const int64_t block = p.first_n / kInt4Block + at.q, k = at.r * kInt4Block + t * kInt4Word;
+  const int64_t n = block * kInt4Block + lane / 4 * 4;
+  if (k >= p.k) return;
+  const uint4 words = __ldcs(reinterpret_cast<const uint4*>(
+      p.packed + (block * (p.k_padded / kInt4Word) + k / kInt4Word) * kInt4Block + lane / 4 * 4));
+  const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+  const int64_t factors = divide(k, p.group).q * p.n + n;  // groups are whole words, but for one of all inputs
+  const int inputs = int(min(int64_t(kInt4Word), p.k - k));
+#pragma unroll
+  for (int b = 0; b < 4; ++b) {
+    if (n + b < p.first_n || n + b >= p.end_n) continue;
+    const float scale = load_scale(p.scales, p.scale_type, factors + b);
+    const int zero = p.zeros ? p.zeros[factors + b] : 8;
+    Vec<T, kInt4Word> out;
+#pragma unroll
+    for (int e = 0; e < kInt4Word; ++e) {
+      const int q = int((word[b] >> int4_shift(e)) & 15u) ^ 8;
+      out.v[e] =
+          from_float<T>(p.offsets ? float(double(scale) * q + double(load_scale(p.offsets, p.scale_type, factors + b)))
+                                  : __fmul_rn(scale, float(q - zero)));
+    }
+    T* const row = static_cast<T*>(p.w) + (n + b - p.first_n) * p.in_features;
+    if (!p.perm && p.in_features % kInt4Word == 0) {
+      store_vec(row + k, out);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kInt4Word; ++e) {
+        if (e >= inputs) break;
+        const int64_t to = p.perm ? p.perm[k + e] : k + e;
+        if (to >= 0 && to < p.in_features) row[to] = out.v[e];
+      }
+    }
+  }
+}
+
+void launch_dequantize(const Dequantize& p, ScalarType dtype, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(p.end_n, kInt4Block) - p.first_n / kInt4Block;
+  const int64_t count = blocks * (p.k_padded / kInt4Block) * 32;
+  if (count == 0) return;
+  dispatch_cuda(dtype, "int4_dequantize", [&](auto tag) {
+    dequantize_kernel<decltype(tag)><<<ceil_div(count, kThreads), kThreads, 0, stream>>>(p, count);
+  });
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// y = activation(y + bias) + residual of a finished product
+template <class T>
+__global__ void __launch_bounds__(kThreads) epilogue_kernel(const __grid_constant__ Int4Params p) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= p.m * p.n) return;
+  const Quotient at = divide(i, p.n);
+  T* const y = static_cast<T*>(p.y);
+  y[i] = int4_finish<T>(p, at.q, at.r, to_float(y[i]));
 }
 
 // x [m, k0] -> [m, k_padded]: in the order of perm, zeros where there is no input.
@@ -139,18 +186,45 @@ Tensor int4_dequantize_cuda(Tensor packed, Tensor scales, OptTensor zeros, OptTe
   p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
   p.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
   p.perm = perm.has_value() ? perm->const_data_ptr<int32_t>() : nullptr;
-  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : in_features;
+  p.n = p.end_n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : in_features;
   p.k_padded = packed.size(1) * kInt4Word, p.group = group_size, p.in_features = in_features;
   Tensor w = torch::stable::new_empty(scales, {p.n, in_features}, dtype);
   if (perm.has_value()) w = torch::stable::zero_(w);  // what no entry points to
   p.w = w.mutable_data_ptr();
   if (p.n * p.k == 0) return w;
-  dispatch_cuda(dtype, "int4_dequantize", [&](auto tag) {
-    dequantize_kernel<decltype(tag)><<<ceil_div(p.n * p.k, kThreads), kThreads, 0, current_stream(scales)>>>(p);
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_dequantize(p, dtype, current_stream(scales));
   return w;
 }
+
+namespace {
+
+// Many rows: the weights in the activations' dtype, and cuBLAS. `input`: p.x as it lies, rows of p.k (padded) inputs.
+// The weights of some outputs at a time, which bounds the scratch memory.
+void expand(const Int4Params& p, const Tensor& input, Tensor& y, cudaStream_t stream) {
+  constexpr int64_t kScratch = int64_t(1) << 27;  // bytes
+  const int64_t k = p.x_stride == p.k_padded && input.size(input.dim() - 1) == p.k_padded ? p.k_padded : p.k;
+  Dequantize d{p.packed,   p.scales, p.offsets, p.zeros, nullptr, p.scale_type, p.n, k,
+               p.k_padded, p.group,  k,         0,       0,       nullptr};
+  const int64_t step = std::max<int64_t>(1, kScratch / (k * 2 * kInt4Block)) * kInt4Block;
+  const Tensor rows = torch::stable::reshape(input, {p.m, k});
+  Tensor w = torch::stable::new_empty(input, {std::min(step, p.n), k});
+  Tensor flat = torch::stable::reshape(y, {p.m, p.n});
+  for (d.first_n = 0; d.first_n < p.n; d.first_n = d.end_n) {
+    d.end_n = std::min(p.n, d.first_n + step);
+    Tensor part = torch::stable::narrow(w, 0, 0, d.end_n - d.first_n);
+    d.w = part.mutable_data_ptr();
+    launch_dequantize(d, input.scalar_type(), stream);
+    Tensor product = torch::stable::matmul(rows, torch::stable::transpose(part, 0, 1));
+    if (d.end_n - d.first_n == p.n) {
+      y = torch::stable::reshape(product, y.sizes());
+    } else {
+      Tensor to = torch::stable::narrow(flat, 1, d.first_n, d.end_n - d.first_n);
+      torch::stable::copy_(to, product);
+    }
+  }
+}
+
+}  // namespace
 
 Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
                         OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
@@ -208,10 +282,21 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
     input = gathered;
     p.x = input.const_data_ptr(), p.x_stride = p.k_padded;
   }
-  if (x.scalar_type() == ScalarType::Half) {
-    launch_int4_mma<__half>(p, x, stream);
-  } else if (x.scalar_type() == ScalarType::BFloat16) {
-    launch_int4_mma<__nv_bfloat16>(p, x, stream);
+  if (narrow && p.m >= kInt4Expand && p.k > 0) {
+    expand(p, input, y, stream);
+    if (p.bias || p.residual || p.act != Act::kNone) {
+      p.y = y.mutable_data_ptr();
+      dispatch_cuda(x.scalar_type(), "int4_linear", [&](auto tag) {
+        epilogue_kernel<decltype(tag)><<<ceil_div(p.m * p.n, kThreads), kThreads, 0, stream>>>(p);
+      });
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  } else if (narrow) {
+    const bool half = x.scalar_type() == ScalarType::Half;
+    if (p.m <= kInt4Few)
+      (half ? launch_int4_few<__half> : launch_int4_few<__nv_bfloat16>)(p, x.get_device_index(), stream);
+    else
+      (half ? launch_int4_mma<__half> : launch_int4_mma<__nv_bfloat16>)(p, x, stream);
   } else {
     const int64_t blocks = (p.m + kRows - 1) / kRows;
     if (blocks > 65535) fail("int4_linear: x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);

@@ -49,7 +49,13 @@ __device__ __forceinline__ float load_scale(const void* p, ScalarType type, int6
 // Tensor cores, for __half and __nv_bfloat16; one unit of int4_mma.cu each.
 template <class T>
 void launch_int4_mma(Int4Params& p, const Tensor& like, cudaStream_t stream);
-// Whether it can read x as it is: rows of whole 16-byte vectors.
+// From so many rows on, weights in 16 bits and cuBLAS.
+constexpr int kInt4Expand = 128;
+// The same for up to kInt4Few rows; one unit of int4_few.cu each.
+constexpr int kInt4Few = 16;
+template <class T>
+void launch_int4_few(Int4Params& p, int device, cudaStream_t stream);
+// Whether they can read x as it is: rows of whole 16-byte vectors.
 inline bool int4_reads(const void* x, int64_t x_stride, int64_t k) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0 && k % 8 == 0;
 }

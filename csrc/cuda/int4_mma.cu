@@ -1,4 +1,4 @@
-// int4_linear on tensor cores (mma.sync m16n8k16, float32 sums), for sm_80 and later.
+// int4_linear for 17 rows to a few tiles of 64 (mma.sync m16n8k16, float32 sums), sm_80 and later.
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
 //
 // Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. A warp
@@ -10,10 +10,10 @@
 // minus the same of its zero, exactly. Sums of one group are float32 and are scaled in float32 when the group ends, so
 // scales of any type lose nothing. Offsets: y += (offset + 8 scale) * sum(x), the sum from an mma with ones.
 //
-// Shapes: up to 16 rows, the four warps of a CTA take the slices of a stage in turn, for the same 32 outputs, and are
-// added up in order through shared memory; above, they have 128 outputs and 32 or 64 rows. Where the grid leaves SMs
-// idle, K is split over CTAs as well, whose sums a second kernel adds up in order. All orders are fixed by the shapes:
-// equal calls give equal bits.
+// Shapes: a CTA has 128 outputs and 32 or 64 rows; its eight warps are four for the outputs times two that take the
+// slices of a stage in turn and are added up in order through shared memory. Where the grid leaves SMs idle, K is split
+// over CTAs as well, whose sums a second kernel adds up in order. All orders are fixed by the shapes: equal calls give
+// equal bits.
 //
 // Pipeline: stages of 128 inputs, cp.async; scales and zeros of the next group are loaded a group ahead.
 //
@@ -24,20 +24,20 @@
 #include <algorithm>
 
 #include "int4.h"
-#include "tensor_core.cuh"
+#include "int4_tile.cuh"
 
 namespace pagedkv {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kWarpsK = 2, kWarpsN = 4, kThreads = 32 * kWarpsK * kWarpsN;
 constexpr int kSlice = 32, kSlices = kInt4StageK / kSlice;  // inputs of a slice; slices of a stage
 
 template <int kRows_>
 struct Shape {
   static constexpr int kRows = kRows_;  // of x in a CTA
-  static constexpr int kWarpsK = kRows <= 16 ? 4 : 1, kWarpsN = kWarps / kWarpsK;
+  static constexpr int kCtasPerSm = kRows <= 32 ? 2 : 1;
   static constexpr int kOutputs = kWarpsN * kInt4Block;
-  static constexpr int kStages = kRows <= 32 ? 4 : 3;
+  static constexpr int kStages = 4;
   static constexpr int kTiles = kRows / 8;                           // of 8 rows
   static constexpr int kWeightBytes = kInt4Block * kInt4StageK / 2;  // of a block in a stage
   static constexpr int kXStart = kWarpsN * kWeightBytes;             // in a stage
@@ -51,25 +51,18 @@ template <bool kOffsets>
 struct Factors {
   float scale[4];
   float offset[kOffsets ? 4 : 1];
-  uint32_t zero[kOffsets ? 1 : 4];  // as the pair that is subtracted
+  uint32_t zero[4];  // as the pair that is subtracted; unused with offsets
 };
 
-template <class T>
-__device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) {
-  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const T2 d = __hsub2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&d);
-}
-
 template <class T, int kRows, bool kOffsets>
-__global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ Int4Params p) {
+__global__ void __launch_bounds__(kThreads, Shape<kRows>::kCtasPerSm)
+    int4_kernel(const __grid_constant__ Int4Params p) {
   using S = Shape<kRows>;
-  constexpr uint32_t kBias = std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;  // 1024 or 128
-  constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+  constexpr uint32_t kBias = int4_bias<T>();
   extern __shared__ __align__(128) unsigned char shared[];
   const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int warp = __shfl_sync(~0u, thread >> 5, 0);  // tells the compiler that it is uniform
-  const int warp_n = warp / S::kWarpsK, warp_k = warp % S::kWarpsK;
+  const int warp_n = warp / kWarpsK, warp_k = warp % kWarpsK;
   const int64_t first_n = int64_t(blockIdx.x) * S::kOutputs, first_row = int64_t(blockIdx.y) * S::kRows;
   const int64_t begin = int64_t(blockIdx.z) * p.stages * kInt4StageK;
   const int64_t end = min(p.k_padded, begin + int64_t(p.stages) * kInt4StageK);
@@ -80,9 +73,9 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
     if (stage >= stages) return;
     const int64_t k = begin + int64_t(stage) * kInt4StageK;
     const uint32_t to = base + stage % S::kStages * S::kStageBytes;
-    const int row = thread >> 3, chunk = thread & 7;  // of 16 rows of words with 8 chunks
+    const int row = thread >> 3 & 15, chunk = thread & 7;  // of a block's 16 rows of words with 8 chunks
 #pragma unroll
-    for (int b = 0; b < S::kWarpsN; ++b) {
+    for (int b = thread >> 7; b < kWarpsN; b += kThreads / 128) {
       const int64_t block = first_n / kInt4Block + b, word = k / kInt4Word + row;
       const bool valid = block * kInt4Block < p.n && word < p.k_padded / kInt4Word;
       const uint32_t* from =
@@ -114,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
     return f;
   };
   // The first of this warp's slices after k in another group.
-  constexpr int kStep = S::kWarpsK * kSlice;
+  constexpr int kStep = kWarpsK * kSlice;
   auto next_group = [&](int64_t k) {
     const int64_t left = (k / p.group + 1) * p.group - k;
     return k + (left + kStep - 1) / kStep * kStep;
@@ -157,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
     cp_async_commit();
     const unsigned char* const from = shared + stage % S::kStages * S::kStageBytes;
 #pragma unroll
-    for (int i = 0; i < kSlices / S::kWarpsK; ++i, k += kStep) {
+    for (int i = 0; i < kSlices / kWarpsK; ++i, k += kStep) {
       if (k >= end) break;
       if (k >= change) {
         flush();
@@ -165,19 +158,11 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
         change = next_group(k);
         next = load_factors(change);
       }
-      const int slice = i * S::kWarpsK + warp_k;
+      const int slice = i * kWarpsK + warp_k;
       const uint4 words =
           *reinterpret_cast<const uint4*>(from + warp_n * S::kWeightBytes + ((4 * slice + t) * 8 + (g ^ (2 * t))) * 16);
-      const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-      uint32_t a[2][2][4];  // [part][half of the slice]
-#pragma unroll
-      for (int b = 0; b < 4; ++b)
-#pragma unroll
-        for (int pair = 0; pair < 4; ++pair) {
-          const uint32_t number = ((w[b] >> 4 * pair) & 0x000f000fu) ^ (kBias | 0x00080008u);
-          const uint32_t zero = kOffsets ? kBias + 0x00080008u : now.zero[kOffsets ? 0 : b];
-          a[b / 2][pair / 2][b % 2 + pair % 2 * 2] = subtract<T>(number, zero);
-        }
+      uint32_t a[2][2][4];
+      int4_fragments<T, kOffsets>(words, now.zero, a);
 #pragma unroll
       for (int j = 0; j < S::kTiles; ++j) {
         const int c = 4 * slice + t;
@@ -188,34 +173,29 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
           mma_16816<T>(sum[part][j], a[part][0], x.x, x.y);
           mma_16816<T>(sum[part][j], a[part][1], x.z, x.w);
         }
-        if constexpr (kOffsets) {
-          const uint32_t ones[4] = {kOnes, kOnes, kOnes, kOnes};
-          mma_16816<T>(x_sum[j], ones, x.x, x.y);
-          mma_16816<T>(x_sum[j], ones, x.z, x.w);
-        }
+        if constexpr (kOffsets) int4_add_inputs<T>(x_sum[j], x);
       }
     }
   }
   flush();
 
-  if constexpr (S::kWarpsK > 1) {  // add up the warps, in order
-    constexpr int kSums = 2 * S::kTiles * 4;
-    static_assert((S::kWarpsK - 1) * kSums * 32 * 4 <= S::kBytes);
-    float* const sums = reinterpret_cast<float*>(shared);  // [warp - 1][sum][lane]
-    cp_async_wait<0>();
-    __syncthreads();
-    if (warp_k > 0)
+  // Add up the warps, in order.
+  constexpr int kSums = 2 * S::kTiles * 4;
+  static_assert(kWarpsN * (kWarpsK - 1) * kSums * 32 * 4 <= S::kBytes);
+  float* const sums = reinterpret_cast<float*>(shared) + warp_n * (kWarpsK - 1) * kSums * 32;  // [warp - 1][sum][lane]
+  cp_async_wait<0>();
+  __syncthreads();
+  if (warp_k > 0)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i)
-        sums[((warp_k - 1) * kSums + i) * 32 + lane] = total[i / (kSums / 2)][i / 4 % S::kTiles][i % 4];
-    __syncthreads();
-    if (warp_k > 0) return;
+    for (int i = 0; i < kSums; ++i)
+      sums[((warp_k - 1) * kSums + i) * 32 + lane] = total[i / (kSums / 2)][i / 4 % S::kTiles][i % 4];
+  __syncthreads();
+  if (warp_k > 0) return;
 #pragma unroll
-    for (int other = 0; other < S::kWarpsK - 1; ++other)
+  for (int other = 0; other < kWarpsK - 1; ++other)
 #pragma unroll
-      for (int i = 0; i < kSums; ++i)
-        total[i / (kSums / 2)][i / 4 % S::kTiles][i % 4] += sums[(other * kSums + i) * 32 + lane];
-  }
+    for (int i = 0; i < kSums; ++i)
+      total[i / (kSums / 2)][i / 4 % S::kTiles][i % 4] += sums[(other * kSums + i) * 32 + lane];
 
   const bool vectors = p.n % 4 == 0;
 #pragma unroll
@@ -270,11 +250,11 @@ void launch(Int4Params& p, const Tensor& like, cudaStream_t stream) {
   if (rows > 65535) fail("int4_linear: x: got ", p.m, " rows, needs at most ", 65535 * S::kRows);
   const int64_t stages = (p.k_padded + kInt4StageK - 1) / kInt4StageK;
   // Split K until every SM has CTAs enough to hide its memory's latency, but in no parts that are all start-up.
-  constexpr int kLeastStages = 4, kMostSplits = 16, kCtasPerSm = kRows <= 16 ? 4 : 1;
+  constexpr int kLeastStages = 4, kMostSplits = 16;
   int sms = 1;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, like.get_device_index()));
-  const int64_t wanted = std::min(
-      {int64_t(kCtasPerSm) * sms / std::max<int64_t>(1, columns * rows), stages / kLeastStages, int64_t(kMostSplits)});
+  const int64_t wanted = std::min({int64_t(S::kCtasPerSm) * sms / std::max<int64_t>(1, columns * rows),
+                                   stages / kLeastStages, int64_t(kMostSplits)});
   p.stages = int((stages + std::max<int64_t>(1, wanted) - 1) / std::max<int64_t>(1, wanted));
   p.splits = p.stages == 0 ? 1 : int((stages + p.stages - 1) / p.stages);
   Tensor partial;
@@ -301,7 +281,7 @@ void launch(Int4Params& p, const Tensor& like, cudaStream_t stream) {
 template <>
 void launch_int4_mma<PAGEDKV_TYPE>(Int4Params& p, const Tensor& like, cudaStream_t stream) {
   using T = PAGEDKV_TYPE;
-  (p.m <= 8 ? launch<T, 8> : p.m <= 16 ? launch<T, 16> : p.m <= 32 ? launch<T, 32> : launch<T, 64>)(p, like, stream);
+  (p.m <= 32 ? launch<T, 32> : launch<T, 64>)(p, like, stream);
 }
 
 }  // namespace pagedkv

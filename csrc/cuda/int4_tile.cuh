@@ -1,0 +1,45 @@
+// From packed words to fragments of tensor cores, for the kernels of int4_linear.
+#pragma once
+
+#include "tensor_core.cuh"
+
+namespace pagedkv {
+
+// What a number is written on top of: 0x6400 | q is the half 1024 + q, 0x4300 | q the bfloat16 128 + q.
+template <class T>
+__device__ __forceinline__ constexpr uint32_t int4_bias() {
+  return std::is_same_v<T, __half> ? 0x64006400u : 0x43004300u;
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b) {
+  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const T2 d = __hsub2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+
+// A lane's four words of a slice of 32 inputs -> a[part][half of the slice], less the zeros (pairs of bias + zero), or
+// with kCentred less 8, exactly.
+template <class T, bool kCentred>
+__device__ __forceinline__ void int4_fragments(const uint4& words, const uint32_t (&zero)[4], uint32_t (&a)[2][2][4]) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int b = 0; b < 4; ++b)
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      const uint32_t number = ((w[b] >> 4 * pair) & 0x000f000fu) ^ (int4_bias<T>() | 0x00080008u);
+      a[b / 2][pair / 2][b % 2 + pair % 2 * 2] =
+          subtract_pair<T>(number, kCentred ? int4_bias<T>() + 0x00080008u : zero[b]);
+    }
+}
+
+// sum += the inputs of each row (an mma with ones).
+template <class T>
+__device__ __forceinline__ void int4_add_inputs(float (&sum)[4], const uint4& x) {
+  constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+  const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+  mma_16816<T>(sum, ones, x.x, x.y);
+  mma_16816<T>(sum, ones, x.z, x.w);
+}
+
+}  // namespace pagedkv
