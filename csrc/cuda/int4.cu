@@ -292,11 +292,8 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   } else if (narrow) {
-    const bool half = x.scalar_type() == ScalarType::Half;
-    if (p.m <= kInt4Few)
-      (half ? launch_int4_few<__half> : launch_int4_few<__nv_bfloat16>)(p, x.get_device_index(), stream);
-    else
-      (half ? launch_int4_mma<__half> : launch_int4_mma<__nv_bfloat16>)(p, x, stream);
+    (x.scalar_type() == ScalarType::Half ? launch_int4_mma<__half>
+                                         : launch_int4_mma<__nv_bfloat16>)(p, x.get_device_index(), stream);
   } else {
     const int64_t blocks = (p.m + kRows - 1) / kRows;
     if (blocks > 65535) fail("int4_linear: x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);

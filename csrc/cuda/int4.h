@@ -17,16 +17,11 @@ struct Int4Params {
   const void* bias;      // [n] or null
   const void* residual;  // [m, n] or null
   void* y;               // [m, n]
-  float* partial;        // [splits, m, n] sums to be added up; null without splits
   int64_t m, n, k, k_padded, group;
-  int splits;
-  int stages;  // of kInt4StageK inputs, for each split
   Act act;
 };
 
-constexpr int kInt4StageK = 128;  // inputs of a pipeline stage
-
-// A split's sums are in float32 either way: y = activation(sum + bias) + residual.
+// y = activation(sum + bias) + residual
 template <class T>
 __device__ __forceinline__ T int4_finish(const Int4Params& p, int64_t row, int64_t n, float sum) {
   if (p.bias) sum += to_float(static_cast<const T*>(p.bias)[n]);
@@ -46,18 +41,15 @@ __device__ __forceinline__ float load_scale(const void* p, ScalarType type, int6
   }
 }
 
-// Tensor cores, for __half and __nv_bfloat16; one unit of int4_mma.cu each.
-template <class T>
-void launch_int4_mma(Int4Params& p, const Tensor& like, cudaStream_t stream);
 // From so many rows on, weights in 16 bits and cuBLAS.
 constexpr int kInt4Expand = 128;
-// The same for up to kInt4Few rows; one unit of int4_few.cu each.
-constexpr int kInt4Few = 16;
+
+// Tensor cores, for __half and __nv_bfloat16; one unit of int4_mma.cu each.
 template <class T>
-void launch_int4_few(Int4Params& p, int device, cudaStream_t stream);
-// Whether they can read x as it is: rows of whole 16-byte vectors.
+void launch_int4_mma(const Int4Params& p, int device, cudaStream_t stream);
+// Whether it can read x as it is: rows of whole slices, in 16-byte vectors.
 inline bool int4_reads(const void* x, int64_t x_stride, int64_t k) {
-  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0 && k % 8 == 0;
+  return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0 && k % kInt4Block == 0;
 }
 
 }  // namespace pagedkv

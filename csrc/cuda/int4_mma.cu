@@ -1,26 +1,26 @@
-// int4_linear for 17 rows to a few tiles of 64 (mma.sync m16n8k16, float32 sums), sm_80 and later.
+// int4_linear for 16-bit activations on tensor cores (mma.sync m16n8k16, float32 sums), sm_80 and later. From
+// kInt4Expand rows on, int4.cu turns to cuBLAS.
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
 //
-// Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. A warp
-// owns 32 outputs; of a slice of 32 inputs lane (g, t) (4 g + t) reads 16 bytes of words, which are its fragments of W
-// for four mma (int4.h), and 16 bytes of each eighth row of x, its fragments of x for two. A nibble becomes a number by
+// Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. Of a slice
+// of 32 inputs and 32 outputs a lane's words are 16 consecutive bytes and a warp's 512, and they are its fragments of W
+// for four mma (int4.h): they come straight from memory into registers, nothing passes through shared memory. A warp
+// has 32 outputs, 8, 16 or 32 rows and a run of K; warps of a CTA with the same outputs are added up in order at the
+// end. All orders are fixed by the shapes: equal calls give equal bits. A nibble becomes a number by
 //
 //     0x6400 | q is the half 1024 + q        0x4300 | q is the bfloat16 128 + q
 //
-// minus the same of its zero, exactly. Sums of one group are float32 and are scaled in float32 when the group ends, so
-// scales of any type lose nothing. Offsets: y += (offset + 8 scale) * sum(x), the sum from an mma with ones.
+// minus the same of its zero, exactly. Sums of a step (1, 2 or 4 slices of one group) are float32 and are scaled in
+// float32, so scales of any type lose nothing. Offsets: y += (offset + 8 scale) * sum(x), the sum from an mma with
+// ones.
 //
-// Shapes: a CTA has 128 outputs and 32 or 64 rows; its eight warps are four for the outputs times two that take the
-// slices of a stage in turn and are added up in order through shared memory. Where the grid leaves SMs idle, K is split
-// over CTAs as well, whose sums a second kernel adds up in order. All orders are fixed by the shapes: equal calls give
-// equal bits.
+// What counts is how many bytes are under way: every warp keeps kRing slices and their factors in flight, and as many
+// warps run as registers allow: 16 an SM and 64 KiB, twice what 4.28 TB/s at a microsecond of latency ask for. x comes
+// through L1, a slice ahead; with more rows a CTA has more outputs, since each CTA reads all of x from L2.
 //
-// Pipeline: stages of 128 inputs, cp.async; scales and zeros of the next group are loaded a group ahead.
-//
-// Shared memory: words as in memory, [16][8 chunks of 16 bytes], x [rows][16 chunks]; chunks are permuted so that eight
-// lanes (two g, four t) hit all banks.
-//
-// Floor: bytes of W / 4.28 TB/s (an H200's copy bandwidth) for few rows.
+// Floor: bytes of W / 4.28 TB/s (an H200's copy bandwidth). The other limit is instructions: 44 turn a slice into
+// numbers, about 70 in all; a version with 190, which followed groups slice by slice, took 22.2 us for 14336 x 4096
+// where the bytes take 7.2.
 #include <algorithm>
 
 #include "int4.h"
@@ -29,259 +29,239 @@
 namespace pagedkv {
 namespace {
 
-constexpr int kWarpsK = 2, kWarpsN = 4, kThreads = 32 * kWarpsK * kWarpsN;
-constexpr int kSlice = 32, kSlices = kInt4StageK / kSlice;  // inputs of a slice; slices of a stage
+constexpr int kSlice = 32;
+// Warps of a CTA and of an SM: 128 registers a thread, for 32 rows 255.
+constexpr int most_warps(int tiles) { return tiles > 2 ? 8 : 16; }
 
-template <int kRows_>
-struct Shape {
-  static constexpr int kRows = kRows_;  // of x in a CTA
-  static constexpr int kCtasPerSm = kRows <= 32 ? 2 : 1;
-  static constexpr int kOutputs = kWarpsN * kInt4Block;
-  static constexpr int kStages = 4;
-  static constexpr int kTiles = kRows / 8;                           // of 8 rows
-  static constexpr int kWeightBytes = kInt4Block * kInt4StageK / 2;  // of a block in a stage
-  static constexpr int kXStart = kWarpsN * kWeightBytes;             // in a stage
-  static constexpr int kStageBytes = kXStart + kRows * kInt4StageK * 2;
-  static constexpr int kBytes = kStages * kStageBytes;
-  static_assert(kBytes <= 99 * 1024, "sm_86 and sm_89 give a CTA no more");
+// How the factors of a lane's four outputs are read: 16 or 32 bits each in one load, or any way they may lie.
+enum class Read { kNarrow, kWide, kEach };
+
+// Scales and zeros (or offsets) of a lane's four outputs in a group: bits as in memory, or of floats (kEach).
+template <Read kRead, bool kOffsets>
+struct Raw {
+  static constexpr int kWords = kRead == Read::kNarrow ? 2 : 4;
+  uint32_t scale[kWords];
+  uint32_t other[kOffsets ? kWords : 1];
 };
 
-// What the four outputs of a lane need in a group.
-template <bool kOffsets>
-struct Factors {
-  float scale[4];
-  float offset[kOffsets ? 4 : 1];
-  uint32_t zero[4];  // as the pair that is subtracted; unused with offsets
-};
-
-template <class T, int kRows, bool kOffsets>
-__global__ void __launch_bounds__(kThreads, Shape<kRows>::kCtasPerSm)
-    int4_kernel(const __grid_constant__ Int4Params p) {
-  using S = Shape<kRows>;
-  constexpr uint32_t kBias = int4_bias<T>();
-  extern __shared__ __align__(128) unsigned char shared[];
-  const int thread = threadIdx.x, lane = thread & 31, g = lane >> 2, t = lane & 3;
-  const int warp = __shfl_sync(~0u, thread >> 5, 0);  // tells the compiler that it is uniform
-  const int warp_n = warp / kWarpsK, warp_k = warp % kWarpsK;
-  const int64_t first_n = int64_t(blockIdx.x) * S::kOutputs, first_row = int64_t(blockIdx.y) * S::kRows;
-  const int64_t begin = int64_t(blockIdx.z) * p.stages * kInt4StageK;
-  const int64_t end = min(p.k_padded, begin + int64_t(p.stages) * kInt4StageK);
-  const int stages = int((end - begin + kInt4StageK - 1) / kInt4StageK);
-  const uint32_t base = smem_address(shared);
-
-  auto load_stage = [&](int stage) {
-    if (stage >= stages) return;
-    const int64_t k = begin + int64_t(stage) * kInt4StageK;
-    const uint32_t to = base + stage % S::kStages * S::kStageBytes;
-    const int row = thread >> 3 & 15, chunk = thread & 7;  // of a block's 16 rows of words with 8 chunks
+template <Read kRead, int kWords>
+__device__ __forceinline__ void load_factors(uint32_t (&to)[kWords], const void* from, ScalarType type, int64_t at,
+                                             int count) {
+  if constexpr (kRead == Read::kNarrow) {
+    const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at));
+    to[0] = v.x, to[1] = v.y;
+  } else if constexpr (kRead == Read::kWide) {
+    const uint4 v = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(from) + at));
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
 #pragma unroll
-    for (int b = thread >> 7; b < kWarpsN; b += kThreads / 128) {
-      const int64_t block = first_n / kInt4Block + b, word = k / kInt4Word + row;
-      const bool valid = block * kInt4Block < p.n && word < p.k_padded / kInt4Word;
-      const uint32_t* from =
-          valid ? p.packed + (block * (p.k_padded / kInt4Word) + word) * kInt4Block + chunk * 4 : p.packed;
-      cp_async<16>(to + b * S::kWeightBytes + (row * 8 + (chunk ^ (2 * (row & 3)))) * 16, from, valid);
-    }
-#pragma unroll
-    for (int i = 0; i < S::kRows * 16 / kThreads; ++i) {
-      const int r = (i * kThreads + thread) >> 4, c = thread & 15;
-      const bool valid = first_row + r < p.m && k + c * 8 < p.k;
-      const T* from = static_cast<const T*>(p.x) + (valid ? (first_row + r) * p.x_stride + k + c * 8 : 0);
-      cp_async<16>(to + S::kXStart + (r * 16 + (c ^ (4 * (r & 1)))) * 16, from, valid);
-    }
-  };
-
-  const int64_t n = first_n + warp_n * kInt4Block + 4 * g;  // the first of this lane's outputs
-  auto load_factors = [&](int64_t k) {
-    Factors<kOffsets> f{};
-    const int64_t row = k / p.group * p.n;
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const bool valid = n + b < p.n && k < p.k;
-      f.scale[b] = valid ? load_scale(p.scales, p.scale_type, row + n + b) : 0.f;
-      if constexpr (kOffsets)
-        f.offset[b] = valid ? load_scale(p.offsets, p.scale_type, row + n + b) : 0.f;
-      else
-        f.zero[b] = kBias + (valid && p.zeros ? p.zeros[row + n + b] : 8u) * 0x00010001u;
-    }
-    return f;
-  };
-  // The first of this warp's slices after k in another group.
-  constexpr int kStep = kWarpsK * kSlice;
-  auto next_group = [&](int64_t k) {
-    const int64_t left = (k / p.group + 1) * p.group - k;
-    return k + (left + kStep - 1) / kStep * kStep;
-  };
-
-  float total[2][S::kTiles][4] = {}, sum[2][S::kTiles][4] = {};
-  float x_sum[kOffsets ? S::kTiles : 1][4] = {};
-#pragma unroll
-  for (int s = 0; s < S::kStages - 1; ++s) {
-    load_stage(s);
-    cp_async_commit();
+    for (int b = 0; b < 4; ++b) to[b] = b < count ? __float_as_uint(load_scale(from, type, at + b)) : 0u;
   }
-  int64_t k = begin + warp_k * kSlice, change = next_group(k);
-  Factors<kOffsets> now = load_factors(k), next = load_factors(change);
-  auto flush = [&]() {
-#pragma unroll
-    for (int part = 0; part < 2; ++part)
-#pragma unroll
-      for (int j = 0; j < S::kTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int b = 2 * part + e / 2;
-          float& to = total[part][j][e];
-          to = fmaf(now.scale[b], sum[part][j][e], to);
-          if constexpr (kOffsets) to = fmaf(fmaf(8.f, now.scale[b], now.offset[b]), x_sum[j][e & 1], to);
-          sum[part][j][e] = 0.f;
-        }
-    if constexpr (kOffsets)
-#pragma unroll
-      for (int j = 0; j < S::kTiles; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x_sum[j][e] = 0.f;
+}
+
+template <Read kRead>
+__device__ __forceinline__ float factor(const uint32_t* words, int b, ScalarType type) {
+  if constexpr (kRead != Read::kNarrow) return __uint_as_float(words[b]);
+  const uint32_t bits = words[b / 2] >> 16 * (b % 2);
+  if (type == ScalarType::BFloat16) return __uint_as_float(bits << 16);
+  return __half2float(__ushort_as_half(uint16_t(bits)));
+}
+
+// kStep: slices that are loaded and scaled together, all of one group.
+template <class T, int kTiles, Read kRead, int kStep, bool kOffsets>
+__global__ void __launch_bounds__(32 * most_warps(kTiles))
+    int4_kernel(const __grid_constant__ Int4Params p, int warps_k) {
+  constexpr bool kManyFactors = kRead == Read::kEach || (kRead == Read::kWide && kOffsets);
+  constexpr int kRing = (kTiles == 2 && kStep < 4) || kManyFactors ? 4 : 8, kSteps = kRing / kStep;  // slices, steps
+  constexpr int kSums = 2 * kTiles * 4;
+  constexpr int kSliceWords = kSlice / kInt4Word * kInt4Block / 4;  // in 16 bytes
+  extern __shared__ __align__(16) float sums[];                     // [warp][sum][lane]
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps_n = (blockDim.x >> 5) / warps_k;
+  const int warp_n = warp / warps_k, warp_k = warp % warps_k;
+  const int64_t first_block = int64_t(blockIdx.x) * warps_n, blocks = (p.n + kInt4Block - 1) / kInt4Block;
+  const int64_t block = min(first_block + warp_n, blocks - 1);  // one too many does the last one's work again
+  const int64_t n = block * kInt4Block + 4 * g;
+  const int count = int(min(int64_t(4), max(int64_t(0), p.n - n)));  // of this lane's outputs
+  const int slices = int(p.k_padded / kSlice), steps = slices / kStep;
+  const int begin = int(int64_t(steps) * warp_k / warps_k), end = int(int64_t(steps) * (warp_k + 1) / warps_k);
+  const int of_group = p.group >= p.k ? max(1, steps) : int(p.group / (kSlice * kStep));  // steps of a group
+
+  // ---- the ring: step s is in entry (s - begin) % kSteps
+  const uint4* words =
+      reinterpret_cast<const uint4*>(p.packed) + (block * slices + int64_t(begin) * kStep) * kSliceWords + t * 8 + g;
+  int64_t factors_at = int64_t(begin / of_group) * p.n + n;
+  int in_group = begin % of_group;
+  uint4 ring[kRing];
+  Raw<kRead, kOffsets> raw[kSteps];
+  auto fetch_words = [&](int i, bool more) {
+    if (more) ring[i] = __ldcs(words + i % kStep * kSliceWords);
   };
-
-#pragma unroll 1
-  for (int stage = 0; stage < stages; ++stage) {
-    cp_async_wait<S::kStages - 2>();
-    __syncthreads();
-    load_stage(stage + S::kStages - 1);
-    cp_async_commit();
-    const unsigned char* const from = shared + stage % S::kStages * S::kStageBytes;
-#pragma unroll
-    for (int i = 0; i < kSlices / kWarpsK; ++i, k += kStep) {
-      if (k >= end) break;
-      if (k >= change) {
-        flush();
-        now = next;
-        change = next_group(k);
-        next = load_factors(change);
-      }
-      const int slice = i * kWarpsK + warp_k;
-      const uint4 words =
-          *reinterpret_cast<const uint4*>(from + warp_n * S::kWeightBytes + ((4 * slice + t) * 8 + (g ^ (2 * t))) * 16);
-      uint32_t a[2][2][4];
-      int4_fragments<T, kOffsets>(words, now.zero, a);
-#pragma unroll
-      for (int j = 0; j < S::kTiles; ++j) {
-        const int c = 4 * slice + t;
-        const uint4 x =
-            *reinterpret_cast<const uint4*>(from + S::kXStart + ((8 * j + g) * 16 + (c ^ (4 * (g & 1)))) * 16);
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-          mma_16816<T>(sum[part][j], a[part][0], x.x, x.y);
-          mma_16816<T>(sum[part][j], a[part][1], x.z, x.w);
-        }
-        if constexpr (kOffsets) int4_add_inputs<T>(x_sum[j], x);
-      }
-    }
-  }
-  flush();
-
-  // Add up the warps, in order.
-  constexpr int kSums = 2 * S::kTiles * 4;
-  static_assert(kWarpsN * (kWarpsK - 1) * kSums * 32 * 4 <= S::kBytes);
-  float* const sums = reinterpret_cast<float*>(shared) + warp_n * (kWarpsK - 1) * kSums * 32;  // [warp - 1][sum][lane]
-  cp_async_wait<0>();
-  __syncthreads();
-  if (warp_k > 0)
-#pragma unroll
-    for (int i = 0; i < kSums; ++i)
-      sums[((warp_k - 1) * kSums + i) * 32 + lane] = total[i / (kSums / 2)][i / 4 % S::kTiles][i % 4];
-  __syncthreads();
-  if (warp_k > 0) return;
-#pragma unroll
-  for (int other = 0; other < kWarpsK - 1; ++other)
-#pragma unroll
-    for (int i = 0; i < kSums; ++i)
-      total[i / (kSums / 2)][i / 4 % S::kTiles][i % 4] += sums[(other * kSums + i) * 32 + lane];
-
-  const bool vectors = p.n % 4 == 0;
-#pragma unroll
-  for (int j = 0; j < S::kTiles; ++j)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int64_t row = first_row + 8 * j + 2 * t + e;
-      if (row >= p.m || n >= p.n) continue;
-      const float values[4] = {total[0][j][e], total[0][j][2 + e], total[1][j][e], total[1][j][2 + e]};
-      const int count = int(min(int64_t(4), p.n - n));
-      if (p.partial) {
-        float* const to = p.partial + (int64_t(blockIdx.z) * p.m + row) * p.n + n;
-        if (vectors) {
-          *reinterpret_cast<float4*>(to) = make_float4(values[0], values[1], values[2], values[3]);
-        } else {
-#pragma unroll
-          for (int b = 0; b < 4; ++b)
-            if (b < count) to[b] = values[b];
-        }
-      } else {
-        T* const to = static_cast<T*>(p.y) + row * p.n + n;
-        Vec<T, 4> out;
+  auto fetch_factors = [&](int i, bool more) {  // after the step's words: moves on to the next step
+    if (!more) return;
+    if (count > 0) {
+      load_factors<kRead>(raw[i].scale, p.scales, p.scale_type, factors_at, count);
+      if constexpr (kOffsets) {
+        load_factors<kRead>(raw[i].other, p.offsets, p.scale_type, factors_at, count);
+      } else if constexpr (kRead != Read::kEach) {
+        if (p.zeros) raw[i].other[0] = __ldg(reinterpret_cast<const uint32_t*>(p.zeros + factors_at));
+      } else if (p.zeros) {
+        raw[i].other[0] = 0;
 #pragma unroll
         for (int b = 0; b < 4; ++b)
-          if (b < count) out.v[b] = int4_finish<T>(p, row, n + b, values[b]);
-        if (vectors) {
-          *reinterpret_cast<Vec<T, 4>*>(to) = out;
-        } else {
-#pragma unroll
-          for (int b = 0; b < 4; ++b)
-            if (b < count) to[b] = out.v[b];
-        }
+          if (b < count) raw[i].other[0] |= uint32_t(__ldg(p.zeros + factors_at + b)) << 8 * b;
       }
     }
-}
-
-constexpr int kSumThreads = 256;
-
-template <class T>
-__global__ void __launch_bounds__(kSumThreads) int4_sum_kernel(const __grid_constant__ Int4Params p) {
-  const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (i >= p.m * p.n) return;
-  float sum = 0.f;
-  for (int s = 0; s < p.splits; ++s) sum += p.partial[s * p.m * p.n + i];
-  static_cast<T*>(p.y)[i] = int4_finish<T>(p, i / p.n, i % p.n, sum);
-}
-
-template <class T, int kRows, bool kOffsets>
-void launch(Int4Params& p, const Tensor& like, cudaStream_t stream) {
-  using S = Shape<kRows>;
-  const int64_t columns = (p.n + S::kOutputs - 1) / S::kOutputs, rows = (p.m + S::kRows - 1) / S::kRows;
-  if (rows > 65535) fail("int4_linear: x: got ", p.m, " rows, needs at most ", 65535 * S::kRows);
-  const int64_t stages = (p.k_padded + kInt4StageK - 1) / kInt4StageK;
-  // Split K until every SM has CTAs enough to hide its memory's latency, but in no parts that are all start-up.
-  constexpr int kLeastStages = 4, kMostSplits = 16;
-  int sms = 1;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, like.get_device_index()));
-  const int64_t wanted = std::min({int64_t(S::kCtasPerSm) * sms / std::max<int64_t>(1, columns * rows),
-                                   stages / kLeastStages, int64_t(kMostSplits)});
-  p.stages = int((stages + std::max<int64_t>(1, wanted) - 1) / std::max<int64_t>(1, wanted));
-  p.splits = p.stages == 0 ? 1 : int((stages + p.stages - 1) / p.stages);
-  Tensor partial;
-  if (p.splits > 1) {
-    partial = torch::stable::new_empty(like, {int64_t(p.splits), p.m, p.n}, ScalarType::Float);
-    p.partial = partial.mutable_data_ptr<float>();
+    words += kStep * kSliceWords;
+    if (++in_group == of_group) in_group = 0, factors_at += p.n;
+  };
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    raw[i] = {};
+    if constexpr (!kOffsets) raw[i].other[0] = 0x08080808u;
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) fetch_words(i * kStep + j, begin + i < end);
+    fetch_factors(i, begin + i < end);
   }
-  const auto kernel = int4_kernel<T, kRows, kOffsets>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  kernel<<<dim3(unsigned(columns), unsigned(rows), unsigned(p.splits)), kThreads, S::kBytes, stream>>>(p);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  if (p.splits == 1) return;
-  int4_sum_kernel<T><<<unsigned((p.m * p.n + kSumThreads - 1) / kSumThreads), kSumThreads, 0, stream>>>(p);
+
+  const int64_t first_row = int64_t(blockIdx.y) * (8 * kTiles), rows_left = p.m - first_row;
+  const T* x_at = static_cast<const T*>(p.x) + (first_row + g) * p.x_stride + int64_t(begin) * kStep * kSlice + 8 * t;
+  uint4 x_next[kTiles];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) x_next[j] = make_uint4(0, 0, 0, 0);
+  auto load_x = [&](const T* from) {  // lanes without a row keep their zeros
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      if (8 * j + g < rows_left) x_next[j] = __ldg(reinterpret_cast<const uint4*>(from + 8 * j * p.x_stride));
+  };
+  if (begin < end) load_x(x_at);
+
+  float total[2][kTiles][4] = {};
+#pragma unroll 1
+  for (int s0 = begin; s0 < end; s0 += kSteps) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int s = s0 + i;
+      if (s >= end) break;
+      float scale[4], offset[kOffsets ? 4 : 1];
+      uint32_t zero[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        scale[b] = factor<kRead>(raw[i].scale, b, p.scale_type);
+        if constexpr (kOffsets)
+          offset[b] = factor<kRead>(raw[i].other, b, p.scale_type);
+        else
+          zero[b] = int4_zero_pair<T>(raw[i].other[0], b);
+      }
+      const bool more = s + kSteps < end;
+      float sum[2][kTiles][4] = {}, x_sum[kOffsets ? kTiles : 1][4] = {};
+#pragma unroll
+      for (int slice = 0; slice < kStep; ++slice) {
+        uint4 x[kTiles];
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) x[j] = x_next[j];
+        if (slice + 1 < kStep)
+          load_x(x_at + (slice + 1) * kSlice);
+        else if (s + 1 < end)
+          load_x(x_at += kStep * kSlice);
+        uint32_t a[2][2][4];
+        int4_fragments<T, kOffsets>(ring[i * kStep + slice], zero, a);
+        fetch_words(i * kStep + slice, more);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+          for (int part = 0; part < 2; ++part) {
+            mma_16816<T>(sum[part][j], a[part][0], x[j].x, x[j].y);
+            mma_16816<T>(sum[part][j], a[part][1], x[j].z, x[j].w);
+          }
+          if constexpr (kOffsets) int4_add_inputs<T>(x_sum[j], x[j]);
+        }
+      }
+      fetch_factors(i, more);
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int b = 2 * part + e / 2;
+            float& to = total[part][j][e];
+            to = fmaf(scale[b], sum[part][j][e], to);
+            if constexpr (kOffsets) to = fmaf(fmaf(8.f, scale[b], offset[b]), x_sum[j][e & 1], to);
+          }
+    }
+  }
+
+  // ---- the warps' sums, in order; thread i of the CTA has output i % 32 of a block and a row
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) sums[(warp * kSums + i) * 32 + lane] = total[i / (kSums / 2)][i / 4 % kTiles][i % 4];
+  __syncthreads();
+  const int rows = int(min(int64_t(8 * kTiles), rows_left));
+  for (int i = threadIdx.x; i < rows * warps_n * kInt4Block; i += blockDim.x) {
+    const int c = i % kInt4Block, of = i / kInt4Block % warps_n, row = i / kInt4Block / warps_n;  // c = 4 g + b
+    const int at = ((c >> 1 & 1) * kTiles + row / 8) * 4 + (c & 1) * 2 + (row & 1);
+    const int from = (c & ~3) + (row & 7) / 2;
+    float result = 0.f;
+    for (int w = of * warps_k; w < (of + 1) * warps_k; ++w) result += sums[(w * kSums + at) * 32 + from];
+    const int64_t to = (first_block + of) * kInt4Block + c, to_row = first_row + row;
+    if (to < p.n) static_cast<T*>(p.y)[to_row * p.n + to] = int4_finish<T>(p, to_row, to, result);
+  }
+}
+
+template <class T, int kTiles, Read kRead, int kStep, bool kOffsets>
+void launch(const Int4Params& p, int device, cudaStream_t stream) {
+  constexpr int kMost = most_warps(kTiles);
+  int sms = 1;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  const int64_t blocks = (p.n + kInt4Block - 1) / kInt4Block, rows = (p.m + 8 * kTiles - 1) / (8 * kTiles);
+  const int64_t steps = p.k_padded / kSlice / kStep;
+  if (rows > 65535) fail("int4_linear: x: got ", p.m, " rows, needs at most ", 65535 * 8 * kTiles);
+  // As many outputs a CTA as leave three quarters of the SMs at work, then as many runs of K as all run at once.
+  int warps_n = 1, warps_k = 1;
+  while (kTiles > 1 && 2 * warps_n <= kMost && blocks * rows / (2 * warps_n) * 4 >= 3 * sms) warps_n *= 2;
+  const int64_t ctas = (blocks + warps_n - 1) / warps_n * rows;
+  while (2 * warps_n * warps_k <= kMost && 2 * ctas * warps_n * warps_k <= int64_t(sms) * kMost && 2 * warps_k <= steps)
+    warps_k *= 2;
+  constexpr int kWarpBytes = 2 * kTiles * 4 * 32 * int(sizeof(float));
+  static_assert(kMost * kWarpBytes <= 48 * 1024);
+  const int warps = warps_n * warps_k;
+  const dim3 grid(unsigned(ctas / rows), unsigned(rows));
+  const auto kernel = int4_kernel<T, kTiles, kRead, kStep, kOffsets>;
+  kernel<<<grid, 32 * warps, warps * kWarpBytes, stream>>>(p, warps_k);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class T, int kRows>
-void launch(Int4Params& p, const Tensor& like, cudaStream_t stream) {
-  (p.offsets ? launch<T, kRows, true> : launch<T, kRows, false>)(p, like, stream);
+template <class T, int kTiles, Read kRead, int kStep>
+void launch(const Int4Params& p, int device, cudaStream_t stream) {
+  (p.offsets ? launch<T, kTiles, kRead, kStep, true> : launch<T, kTiles, kRead, kStep, false>)(p, device, stream);
+}
+
+template <class T, int kTiles>
+void launch(const Int4Params& p, int device, cudaStream_t stream) {
+  const auto aligned = [](const void* q, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(q) % bytes == 0; };
+  const uintptr_t four = p.scale_type == ScalarType::Float ? 16 : 8;  // bytes of a lane's scales
+  const bool at_once = p.n % 4 == 0 && aligned(p.scales, four) && aligned(p.offsets, four) && aligned(p.zeros, 4);
+  const auto divides = [&](int step) {
+    return p.k_padded % (step * kSlice) == 0 && (p.group >= p.k || p.group % (step * kSlice) == 0);
+  };
+  if (!at_once)
+    launch<T, kTiles, Read::kEach, 1>(p, device, stream);
+  else if (p.scale_type == ScalarType::Float)
+    launch<T, kTiles, Read::kWide, 1>(p, device, stream);
+  else if (divides(4))
+    launch<T, kTiles, Read::kNarrow, 4>(p, device, stream);
+  else if (divides(2))
+    launch<T, kTiles, Read::kNarrow, 2>(p, device, stream);
+  else
+    launch<T, kTiles, Read::kNarrow, 1>(p, device, stream);
 }
 
 }  // namespace
 
 template <>
-void launch_int4_mma<PAGEDKV_TYPE>(Int4Params& p, const Tensor& like, cudaStream_t stream) {
+void launch_int4_mma<PAGEDKV_TYPE>(const Int4Params& p, int device, cudaStream_t stream) {
   using T = PAGEDKV_TYPE;
-  (p.m <= 32 ? launch<T, 32> : launch<T, 64>)(p, like, stream);
+  (p.m <= 8 ? launch<T, 1> : p.m <= 16 ? launch<T, 2> : launch<T, 4>)(p, device, stream);
 }
 
 }  // namespace pagedkv

@@ -18,6 +18,19 @@ __device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&d);
 }
 
+// Zero b (0..16) of four in bytes, as the pair that is subtracted.
+template <class T>
+__device__ __forceinline__ uint32_t int4_zero_pair(uint32_t zeros, int b) {
+  return __byte_perm(zeros, int4_bias<T>(), 0x5050 | b | b << 8);  // byte 5 is the upper one of the bias
+}
+
+// (a & mask) ^ bits in one instruction: the compiler makes two, for it wants both constants as immediates.
+__device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(r) : "r"(a), "r"(mask), "r"(bits), "n"(0x6a));
+  return r;
+}
+
 // A lane's four words of a slice of 32 inputs -> a[part][half of the slice], less the zeros (pairs of bias + zero), or
 // with kCentred less 8, exactly.
 template <class T, bool kCentred>
@@ -27,7 +40,7 @@ __device__ __forceinline__ void int4_fragments(const uint4& words, const uint32_
   for (int b = 0; b < 4; ++b)
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const uint32_t number = ((w[b] >> 4 * pair) & 0x000f000fu) ^ (int4_bias<T>() | 0x00080008u);
+      const uint32_t number = and_xor(w[b] >> 4 * pair, 0x000f000fu, int4_bias<T>() | 0x00080008u);
       a[b / 2][pair / 2][b % 2 + pair % 2 * 2] =
           subtract_pair<T>(number, kCentred ? int4_bias<T>() + 0x00080008u : zero[b]);
     }

@@ -329,6 +329,11 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
 }
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
+inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {
+  r = 0;
+  for (int i = 0; i < 8; ++i)
+    if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+}
 inline void cp_async_cg_shared_global(uint32_t target, const void* source, int size, int bytes) {
   if (size != 16) fail("cp.async.cg of %d bytes: only 16 exist", size);
   cp_async(target, source, size, bytes);
