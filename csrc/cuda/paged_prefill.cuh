@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
   cp_async_commit();
 
   float out[kBlocks][kDim / 8][4];  // unnormalised
-  float top[kBlocks][2];            // what is subtracted from a row's logits, in powers of two: about its maximum
+  float top[kBlocks][2];            // a row's maximum, in powers of two
   float sum[kBlocks][2];            // this lane's part of the sum of exponentials
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
@@ -447,8 +447,9 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
         }
       }
 
-      // Online softmax. `top` follows the maximum only when that grew by more than 2^8: what is lost is no precision
-      // (floats scale), what is won is that most tiles leave the accumulators alone.
+      // Online softmax; tiles that move no maximum leave the accumulators alone. `top` is the maximum itself, not one
+      // of some tiles ago: the largest term is then 1, which rounding leaves alone, and where it outweighs the others
+      // that is half of the error.
       float peak[kBlocks][2];
       bool grown = false;
 #pragma unroll
@@ -460,7 +461,7 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
           for (int n = 1; n < kKeys / 8; ++n) x = fmaxf(x, fmaxf(s[b][n][2 * h], s[b][n][2 * h + 1]));
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
           x = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) * p.exp2_scale;
-          peak[b][h] = x > top[b][h] + 8.f ? x : top[b][h];
+          peak[b][h] = fmaxf(x, top[b][h]);
           grown |= peak[b][h] > top[b][h];
         }
       if (__any_sync(~0u, grown)) {
