@@ -19,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import torch_pagedkv
 from torch_pagedkv.cli import positive
+from torch_pagedkv.patches import is_patched
 
 from . import command, demo, machine, models, prompts, render
 from .speed import RANDOM, Inputs, at_least_two, random_model
@@ -58,23 +59,45 @@ def stock_static(model: Any, mode: str) -> dict[str, Any]:
     return {"cache_implementation": "static", "compile_config": config}
 
 
-#: name -> (patched, compiled)
+class Way(NamedTuple):
+    """How the model runs; with `weights`, it is patched for good."""
+
+    patched: bool
+    compiled: bool
+    weights: str | None = None
+
+
 WAYS = {
-    "stock": (False, False),
-    "stock, static, compiled": (False, True),
-    "patched": (True, False),
-    "patched, compiled": (True, True),
+    "stock": Way(False, False),
+    "stock, static, compiled": Way(False, True),
+    "patched": Way(True, False),
+    "patched, compiled": Way(True, True),
 }
 
 
-def measure(model: Any, inputs: Inputs, way: str, args: argparse.Namespace, want: list[list[int]] | None) -> dict:
-    """One way, from an empty compiler; the model is stock and uncompiled before and after."""
-    patched, compiled = WAYS[way]
+def ways(weights: str | None) -> dict[str, Way]:
+    """The usual ones, and last those with other weights."""
+    if weights is None:
+        return WAYS
+    return WAYS | {f"{weights}": Way(True, False, weights), f"{weights}, compiled": Way(True, True, weights)}
+
+
+def weight_bytes(model: Any) -> int:
+    """Of all parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def measure(
+    model: Any, inputs: Inputs, name: str, way: Way, args: argparse.Namespace, want: list[list[int]] | None
+) -> dict[str, Any]:
+    """One way, from an empty compiler; the model is uncompiled before and after, and stock unless its weights are
+    replaced."""
+    patched, compiled, weights = way
     torch._dynamo.reset()
     counters.clear()
     options: dict[str, Any] = {}
-    if patched:
-        models.patch(model)
+    if patched and not is_patched(model):
+        models.patch(model, **({} if weights is None else {"weights": weights, "group_size": args.group_size}))
     if compiled and patched:
         model.compile(mode=args.mode, fullgraph=True)
     elif compiled:
@@ -114,14 +137,15 @@ def measure(model: Any, inputs: Inputs, way: str, args: argparse.Namespace, want
         times["first"] = [timed(1) for _ in range(args.rounds)]
     finally:
         model._compiled_call_impl = None
-        if patched:
+        if patched and weights is None:
             torch_pagedkv.unpatch(model)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     total, first = (statistics.median(times[key]) for key in ("total", "first"))
     return {
-        "way": way,
+        "way": name,
+        "weight_bytes": weight_bytes(model),
         "first_token_seconds": streamer.at - began if args.batch == 1 else None,
         "first_call_seconds": ended - began,
         "decode_tokens_per_second": args.batch * (args.new_tokens - 1) / (total - first),
@@ -148,17 +172,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     inputs = Inputs(model, tokenizer, args.prompt_tokens)
     measured: list[dict[str, Any]] = []
     with prompts.endless(model):
-        for way in tqdm(WAYS, unit="way", leave=False, disable=None):
-            measured.append(measure(model, inputs, way, args, measured[0]["tokens"] if measured else None))
+        for name, way in tqdm(ways(args.weights).items(), unit="way", leave=False, disable=None):
+            measured.append(measure(model, inputs, name, way, args, measured[0]["tokens"] if measured else None))
     for one in measured:
         del one["tokens"]
     wrong = [
-        one["way"] for one in measured if dtype == "fp32" and any(at is not None for at in one["first_difference"])
+        one["way"]
+        for one in measured
+        if dtype == "fp32" and one["way"] in WAYS and any(at is not None for at in one["first_difference"])
     ]
     again = [
         one["way"]
         for one in measured
-        if one["way"] == "patched, compiled" and one["graphs_added"] > 2 * (args.batch > 1)
+        if ways(args.weights)[one["way"]].patched and one["graphs_added"] > 2 * (args.batch > 1)
     ]
     return {
         "eval": "compiled",
@@ -180,7 +206,16 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     def seconds(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
 
-    head = ["generate()", "tokens/s", "first token, s", "first call, s", "graphs", "added", "same tokens"]
+    head = [
+        "generate()",
+        "tokens/s",
+        "weights MiB",
+        "first token, s",
+        "first call, s",
+        "graphs",
+        "added",
+        "same tokens",
+    ]
     rows = [[f"{result['dtype']}, batch {result['batch']}", *head[1:]]]
     for one in result["ways"]:
         same = sum(at is None for at in one["first_difference"])
@@ -188,6 +223,7 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
             [
                 one["way"],
                 f"{one['decode_tokens_per_second']:.1f}",
+                f"{one['weight_bytes'] / 2**20:.0f}" if "weight_bytes" in one else "-",
                 seconds(one["first_token_seconds"]),
                 seconds(one["first_call_seconds"]),
                 str(one["graphs"]),
@@ -219,6 +255,8 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=3, metavar="N", help="timed calls (default: %(default)s)")
     add("--new-tokens", type=at_least_two, default=64, metavar="N", help="default: %(default)s")
     add("--prompt-tokens", type=positive, default=128, metavar="N", help="longest random prompt (default: %(default)s)")
+    add("--weights", choices=("int4",), help="two more ways, with the weights of the linear layers replaced")
+    add("--group-size", type=positive, default=128, metavar="N", help="of --weights int4 (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything measured there too")
     top.set_defaults(argv=None)
     return top
