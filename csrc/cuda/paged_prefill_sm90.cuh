@@ -154,7 +154,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const char* base, int64
                                           int warp, int lane) {
   const int chunk = lane % S::kChunks, below = lane / S::kChunks;
   const uint32_t block = tile + chunk / 8 * (kTileRows * 128);
-#pragma unroll 8
+#pragma unroll 4
   for (int i = 0; i < kTileRows / (4 * S::kCopyRows); ++i) {
     const int place = i * S::kCopyRows + below;
     const int64_t row = __shfl_sync(~0u, static_cast<long long>(offset), place);
@@ -516,10 +516,10 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1) prefill_sm90_kernel(
   }
   __syncthreads();
   if (warp < 4) {
-    wgmma::give_registers<56>();
+    wgmma::give_registers<40>();
     produce<S>(p, barriers, q_tile, k_tiles, v_tiles, warp, lane);
   } else {
-    wgmma::take_registers<224>();
+    wgmma::take_registers<232>();
     consume<S, T>(p, barriers, q_tile, k_tiles, v_tiles, warp / 4 - 1, warp % 4, lane);
   }
 #endif

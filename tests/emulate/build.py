@@ -30,6 +30,8 @@ FLAGS = (
     "-fsanitize-undefined-trap-on-error -DUSE_CUDA"
 )
 
+HARDWARE_ONLY = ("*_sm90*", "wgmma*")  # built on instructions that have no emulation (wgmma)
+
 # A bucket that is not compiled is served by the next larger one: the kernels take any head_dim up to their own.
 SMALLER_BUCKET = """
 template <> void launch_decode_dim<{type}, {small}>(const AttentionParams& p, KVType kv, int splits, const Tensor& like,
@@ -41,6 +43,17 @@ template <> void prefill::launch_bucket<{type}, {small}>(const prefill::Params& 
   prefill::launch_bucket<{type}, {large}>(p, quantized, grid, stream);
 }}
 """
+
+
+# The hardware-only kernels turn every call down, as they do on other GPUs.
+WITHOUT_SM90 = """
+bool prefill::launch_sm90(const prefill::Params&, ScalarType, KVType, cudaStream_t) { return false; }
+"""
+
+
+def hardware_only(path: Path) -> bool:
+    """Whether a file of csrc/cuda cannot run on the emulated device."""
+    return any(path.match(pattern) for pattern in HARDWARE_ONLY)
 
 
 def write(path: Path, text: str) -> None:
@@ -69,7 +82,7 @@ def build(head_dims: Sequence[int] = HEAD_DIMS, address: bool = False, quiet: bo
         for path in native.CSRC.glob("*.h"):
             write(source / path.name, f'#line 1 "{path}"\n{path.read_text()}')
         for path in (native.CSRC / "cuda").iterdir():
-            if path.suffix in (".cu", ".cuh", ".h"):
+            if path.suffix in (".cu", ".cuh", ".h") and not hardware_only(path):
                 write(source / "cuda" / path.name, transform(path.read_text(), path))
         pairs = [(small, min(d for d in head_dims if d > small)) for small in BUCKETS if small < max(head_dims)]
         body = "".join(
@@ -79,12 +92,14 @@ def build(head_dims: Sequence[int] = HEAD_DIMS, address: bool = False, quiet: bo
             for kind in ("__half", "__nv_bfloat16")
         )
         includes = '#include "paged_decode.cuh"\n#include "paged_prefill.cuh"\n'
-        write(source / "cuda" / "buckets.cpp", f"{includes}namespace pagedkv {{\n{body}}}\n")
+        write(source / "cuda" / "buckets.cpp", f"{includes}namespace pagedkv {{\n{body}{WITHOUT_SM90}}}\n")
 
         wanted = [str(d) for d in head_dims]
         units = [(source / "cuda" / "buckets.cpp", "buckets", ""), (HERE / "runtime.cpp", "runtime", "-O3")]
         for unit in native.list_units("cuda"):
             defines = dict(unit.defines)
+            if hardware_only(unit.source):
+                continue
             if unit.source.stem != "version" and defines.get("PAGEDKV_HEAD_DIM", wanted[0]) in wanted:
                 flags = " ".join(f"-D{k}={v}" for k, v in defines.items())
                 units.append((source / "cuda" / unit.source.name, unit.name.replace("/", "."), flags))
