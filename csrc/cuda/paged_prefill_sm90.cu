@@ -10,13 +10,15 @@ namespace {
 
 constexpr bool kEnabled = true;  // false: mma.sync everywhere, to compare
 
-// Has shared memory exactly where it was compiled for sm_90a: the device may run another of the library's binaries.
+// Has that much shared memory exactly where it was compiled for sm_90a: the device may run another of the library's
+// binaries, whose kernels are empty.
+constexpr size_t kProbeBytes = 8192;
 __global__ void wgmma_probe(int* out) {
 #ifdef PAGEDKV_WGMMA
-  __shared__ int shared[1];
-  shared[0] = int(threadIdx.x);
+  __shared__ int shared[kProbeBytes / sizeof(int)];
+  shared[threadIdx.x] = int(threadIdx.x);
   __syncthreads();
-  if (out) *out = shared[0];
+  out[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
 #endif
 }
 
@@ -30,7 +32,7 @@ bool has_wgmma() {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     cudaFuncAttributes attributes{};
     if (major == 9 && minor == 0) STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, wgmma_probe));
-    has[index] = attributes.sharedSizeBytes > 0;
+    has[index] = attributes.sharedSizeBytes >= kProbeBytes;
   });
   return has[index];
 }
