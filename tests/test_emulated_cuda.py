@@ -52,8 +52,15 @@ def test_every_op(few: Path) -> None:
     assert "all right" in run(few, "tests/gpu/sanitize.py", "--device", "cpu")
 
 
-def test_random_attention(few: Path) -> None:
-    assert "all right" in run(few, "tests/emulate/fuzz.py", "--cases", "100")
+@pytest.mark.parametrize("hopper", [0, 1])
+def test_random_attention(few: Path, hopper: int) -> None:
+    assert "all right" in run(few, "tests/emulate/fuzz.py", "--cases", "100", EMULATE_HOPPER=str(hopper))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hopper", [0, 1])
+def test_prefill(everything: Path, hopper: int) -> None:
+    assert "all right" in run(everything, "tests/gpu/prefill_check.py", "--device", "cpu", EMULATE_HOPPER=str(hopper))
 
 
 def test_random_int4(few: Path) -> None:
@@ -75,10 +82,12 @@ def test_every_size(everything: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hopper", [0, 1])
 @pytest.mark.parametrize("sms", [1, 7, 132])
-def test_random_attention_in_every_size(everything: Path, sms: int) -> None:
+def test_random_attention_in_every_size(everything: Path, sms: int, hopper: int) -> None:
     arguments = ("--cases", "600", "--seed", str(1000 * sms))
-    run(everything, "tests/emulate/fuzz.py", *arguments, EMULATE_SEED=str(sms), EMULATE_SMS=str(sms))
+    environment = {"EMULATE_SEED": str(sms), "EMULATE_SMS": str(sms), "EMULATE_HOPPER": str(hopper)}
+    run(everything, "tests/emulate/fuzz.py", *arguments, **environment)
 
 
 @pytest.mark.slow

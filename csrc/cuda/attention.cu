@@ -59,6 +59,13 @@ KVType kv_type(const Tensor& cache) {
   }
 }
 
+void prefill(AttentionParams& p, const Tensor& query, KVType kv, cudaStream_t stream) {
+  Tensor next_item = torch::stable::new_empty(query, {1}, ScalarType::Int);  // stream-ordered: may go once enqueued
+  p.next_item = next_item.mutable_data_ptr<int>();
+  launch_fill(p, int(query.element_size()), stream);
+  launch_prefill(p, query.scalar_type(), kv, stream);
+}
+
 enum class Version { kPick, kOnePass, kSplit };
 
 // Few rows a KV head: one tile of the decode kernel holds them, or they are too few for the prefill kernel, which does
@@ -106,8 +113,7 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   } else if (version == Version::kSplit || suits_decode(p)) {
     launch_decode(p, query.scalar_type(), kv, splits, query, stream);
   } else {
-    launch_fill(p, int(query.element_size()), stream);
-    launch_prefill(p, query.scalar_type(), kv, stream);
+    prefill(p, query, kv, stream);
   }
   return result;
 }
@@ -164,8 +170,7 @@ Pair flash_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor query_s
   if (query.scalar_type() == ScalarType::Float) {
     launch_simt(p, KVType::kSame, 0, query, stream);
   } else {
-    launch_fill(p, int(query.element_size()), stream);
-    launch_prefill(p, query.scalar_type(), KVType::kSame, stream);
+    prefill(p, query, KVType::kSame, stream);
   }
   return result;
 }

@@ -143,6 +143,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ AttentionParams p, int out_size) {
+  if (p.next_item && blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
   fill_rows(p, out_size, int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, int64_t(gridDim.x) * kWarps);
 }
 

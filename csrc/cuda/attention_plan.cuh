@@ -53,7 +53,7 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, co
 // 0, their lse -inf. `out_size` is the size of an element of `out`.
 void launch_plan(const AttentionParams& p, const Plan& plan, int out_size, cudaStream_t stream);
 
-// That fill alone, in front of a kernel without a plan.
+// That fill alone, in front of a kernel without a plan, and 0 into `next_item`.
 void launch_fill(const AttentionParams& p, int out_size, cudaStream_t stream);
 
 // What the device can run: how many CTAs of a kernel at once.

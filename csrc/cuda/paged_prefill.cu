@@ -38,6 +38,7 @@ void launch_prefill(const AttentionParams& a, ScalarType dtype, KVType kv, cudaS
   if (int64_t(a.max_query_len) * p.group > INT32_MAX - prefill::kRows || grid > INT32_MAX || p.group >= 1 << 15)
     fail("attention: got max_query_len ", a.max_query_len, " for ", a.num_seqs, " sequences of ", a.num_heads,
          " heads, needs fewer than 2^31 rows and tiles");
+  if (prefill::launch_sm90(p, dtype, kv, stream)) return;
   auto launch = [&]<class T>(T) {
     const bool quantized = kv != KVType::kSame;
     const int d = a.head_dim;

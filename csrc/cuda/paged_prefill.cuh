@@ -1,4 +1,5 @@
-// Attention of many query rows over a paged or dense KV cache on tensor cores (mma.sync m16n8k16, float32 sums).
+// Attention of many query rows over a paged or dense KV cache on tensor cores (mma.sync m16n8k16, float32 sums). On
+// Hopper paged_prefill_sm90.cuh takes most calls.
 //
 // Algorithm: FlashAttention-2 (Dao, 2023, arXiv:2307.08691) over the pages of PagedAttention (Kwon et al., 2023,
 // arXiv:2309.06180). A CTA owns kRows query rows of one sequence and one KV head and walks over the keys that any of
@@ -580,5 +581,9 @@ void launch(const Params& p, unsigned grid, cudaStream_t stream) {
 // head_dim up to kDim, either kind of cache; one unit of paged_prefill_units.cu for each kDim.
 template <class T, int kDim>
 void launch_bucket(const Params& p, bool quantized, unsigned grid, cudaStream_t stream);
+
+// paged_prefill_sm90.cu: launches the kernel of paged_prefill_sm90.cuh, if this device, the binary that it runs and the
+// call are for it; otherwise returns false.
+bool launch_sm90(const Params& p, ScalarType dtype, KVType kv, cudaStream_t stream);
 
 }  // namespace pagedkv::prefill

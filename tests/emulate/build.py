@@ -27,8 +27,12 @@ BUCKETS = (32, 64, 96, 128, 192, 256)  # that csrc/cuda chooses from
 FLAGS = (
     "-x c++ -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -march=native -ffp-contract=fast -w "
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero "
-    "-fsanitize-undefined-trap-on-error -DUSE_CUDA"
+    "-fsanitize-undefined-trap-on-error -DUSE_CUDA "
+    "-DPAGEDKV_WGMMA"
 )
+
+SM90_BUCKETS = (64, 128, 256)  # likewise, on Hopper
+REPLACED = ("wgmma_ptx.cuh",)  # files of csrc/cuda that this folder has an emulation of
 
 # A bucket that is not compiled is served by the next larger one: the kernels take any head_dim up to their own.
 SMALLER_BUCKET = """
@@ -39,6 +43,12 @@ template <> void launch_decode_dim<{type}, {small}>(const AttentionParams& p, KV
 template <> void prefill::launch_bucket<{type}, {small}>(const prefill::Params& p, bool quantized, unsigned grid,
                                                         cudaStream_t stream) {{
   prefill::launch_bucket<{type}, {large}>(p, quantized, grid, stream);
+}}
+"""
+SMALLER_SM90_BUCKET = """
+template <> void prefill::sm90::launch_bucket<{type}, {small}>(const prefill::Params& p, unsigned grid,
+                                                              cudaStream_t stream) {{
+  prefill::sm90::launch_bucket<{type}, {large}>(p, grid, stream);
 }}
 """
 
@@ -69,16 +79,17 @@ def build(head_dims: Sequence[int] = HEAD_DIMS, address: bool = False, quiet: bo
         for path in native.CSRC.glob("*.h"):
             write(source / path.name, f'#line 1 "{path}"\n{path.read_text()}')
         for path in (native.CSRC / "cuda").iterdir():
-            if path.suffix in (".cu", ".cuh", ".h"):
+            if path.suffix in (".cu", ".cuh", ".h") and path.name not in REPLACED:
                 write(source / "cuda" / path.name, transform(path.read_text(), path))
-        pairs = [(small, min(d for d in head_dims if d > small)) for small in BUCKETS if small < max(head_dims)]
         body = "".join(
-            SMALLER_BUCKET.format(type=kind, small=small, large=large)
-            for small, large in pairs
-            if small not in head_dims
+            template.format(type=kind, small=small, large=min(d for d in compiled if d > small))
+            for template, buckets in ((SMALLER_BUCKET, BUCKETS), (SMALLER_SM90_BUCKET, SM90_BUCKETS))
+            for compiled in [set(head_dims) & set(buckets)]
+            for small in buckets
+            if small not in compiled and small < max(compiled, default=0)
             for kind in ("__half", "__nv_bfloat16")
         )
-        includes = '#include "paged_decode.cuh"\n#include "paged_prefill.cuh"\n'
+        includes = '#include "paged_decode.cuh"\n#include "paged_prefill.cuh"\n#include "paged_prefill_sm90.cuh"\n'
         write(source / "cuda" / "buckets.cpp", f"{includes}namespace pagedkv {{\n{body}}}\n")
 
         wanted = [str(d) for d in head_dims]

@@ -61,7 +61,15 @@ extern dim3 blockDim, gridDim;
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
 enum cudaMemcpyKind { cudaMemcpyDefault };
@@ -75,10 +83,11 @@ namespace emulate {
 // Prints what went wrong, in which kernel, block and thread, and aborts.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// From the environment: EMULATE_SEED, EMULATE_SMS and EMULATE_SHARED (bytes a block may have). Read once.
+// From the environment: EMULATE_SEED, EMULATE_SMS, EMULATE_SHARED (bytes a block may have) and EMULATE_HOPPER (1: the
+// device has compute capability 9.0, otherwise 8.0). Read once.
 struct Settings {
   unsigned seed;
-  int sms, shared;
+  int sms, shared, hopper;
 };
 const Settings& settings();
 
@@ -113,8 +122,20 @@ inline cudaError_t cudaGetLastError() { return emulate::last_error(); }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& s = emulate::settings();
-  *value = attribute == cudaDevAttrMultiProcessorCount ? s.sms : s.shared;
-  return cudaSuccess;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = s.sms, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = s.shared, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = s.hopper ? 9 : 8, cudaSuccess;
+    default:
+      return *value = 0, cudaSuccess;
+  }
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  return *attributes = {48 << 10}, cudaSuccess;  // of a kernel that was compiled for this device
 }
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
@@ -219,6 +240,7 @@ T __shfl_down_sync(unsigned mask, T x, int distance) {
   return emulate::shuffle("__shfl_down_sync", mask, x, from >= emulate::kWarp ? emulate::lane() : from);
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulate::ballot("__ballot_sync", mask, vote); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any_sync", mask, vote) != 0; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-// The emulated device of cuda_runtime.h: fibers and their scheduler, shared memory, cp.async, ldmatrix, mma.
+// The emulated device of cuda_runtime.h and wgmma_ptx.cuh: fibers and their scheduler, shared memory, cp.async,
+// ldmatrix, mma, wgmma, mbarriers.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <signal.h>
@@ -7,6 +8,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
+#include <wgmma_ptx.cuh>
 
 #include <algorithm>
 #include <deque>
@@ -61,6 +63,10 @@ struct Fiber {
   long at = 0;
   std::deque<std::vector<Copy>> groups;  // cp.async, committed
   std::vector<Copy> open;                // not yet committed
+  std::deque<std::pair<std::vector<Copy>, uint64_t*>> arrivals;  // at an mbarrier, after these copies
+  std::deque<std::vector<Product>> product_groups;               // wgmma, committed
+  std::vector<Product> products;                                 // not yet committed
+  bool unfenced = false;  // has waited for what others wrote, and the asynchronous proxy may not see it yet
   void* fake_stack = nullptr;            // AddressSanitizer's
 };
 
@@ -78,7 +84,11 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 int thread_count, thread;  // of the block; the one that runs
 int barrier_arrived, barrier_live;
-long barrier_generation, blocks_run;
+long barrier_generation, blocks_run, mbarrier_phases;
+struct {
+  int arrived;
+  long generation;
+} named_barriers[16];
 cudaError_t pending_error;
 std::map<const void*, int> max_shared;
 
@@ -153,9 +163,18 @@ void complete(std::vector<Copy>& group) {
   group.clear();
 }
 
+// The oldest arrival of a thread that waits for copies.
+void arrive_late(Fiber& f) {
+  complete(f.arrivals.front().first);
+  mbarrier_arrive(*f.arrivals.front().second);
+  f.arrivals.pop_front();
+}
+
 __attribute__((noinline)) void run_thread() {
   (*kernel_body)();
   Fiber& self = fibers[thread];
+  if (!self.arrivals.empty() || !self.product_groups.empty() || !self.products.empty())
+    fail("thread ends before its copies or products");
   for (auto& group : self.groups) complete(group);
   complete(self.open);
   self.done = true;
@@ -193,6 +212,7 @@ void prepare(Fiber& f) {
   f.waits_for = nullptr;
   f.groups.clear();
   f.open.clear();
+  f.unfenced = false;
 }
 
 void resume(int t) {
@@ -217,6 +237,11 @@ void run_fibers() {
   std::iota(lanes.begin(), lanes.end(), 0);
   std::shuffle(lanes.begin(), lanes.end(), engine);
   for (bool moved = true; barrier_live > 0;) {
+    for (int t = 0; t < thread_count; ++t)  // copies land late, and all of them when nobody has anything else to do
+      while (!fibers[t].arrivals.empty() && (!moved || engine() % 4 == 0)) {
+        arrive_late(fibers[t]);
+        if (!moved) moved = true;
+      }
     if (!moved) {
       std::string states;
       for (int t = 0; t < thread_count; t += kWarp) {
@@ -299,7 +324,7 @@ const Settings& settings() {
     return text && *text ? atoi(text) : otherwise;
   };
   static const Settings s{unsigned(number("EMULATE_SEED", 0)), number("EMULATE_SMS", 7),
-                          number("EMULATE_SHARED", 227 << 10)};
+                          number("EMULATE_SHARED", 227 << 10), number("EMULATE_HOPPER", 0)};
   return s;
 }
 
@@ -363,6 +388,7 @@ void run(const std::string& name, const void* kernel, const Config& config, cons
     memset(before, kPoison, arena_end - before);
     warps.assign(warp_count, Warp{});
     barrier_arrived = 0, barrier_live = thread_count;
+    for (auto& b : named_barriers) b.arrived = 0;
     for (int t = 0; t < thread_count; ++t) {
       prepare(fibers[t]);
       fibers[t].index = {t % block.x, t / block.x % block.y, t / (block.x * block.y)};
@@ -424,6 +450,8 @@ void cp_async_commit_group() {
 }
 void cp_async_wait_group(int pending) {
   auto& groups = fibers[thread].groups;
+  if (pending == 0)
+    while (!fibers[thread].arrivals.empty()) arrive_late(fibers[thread]);
   while (int(groups.size()) > pending) {
     complete(groups.front());
     groups.pop_front();
@@ -494,6 +522,129 @@ void mma_half(Mma& lane) { collective("mma of halves", &lane, multiply<__half>);
 void mma_bfloat16(Mma& lane) { collective("mma of bfloat16s", &lane, multiply<__nv_bfloat16>); }
 
 }  // namespace ptx
+
+// ---- Hopper
+// -----------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Mbarrier {
+  uint16_t expected, pending;
+  uint32_t phase;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+Mbarrier& as_mbarrier(uint64_t& barrier) { return reinterpret_cast<Mbarrier&>(barrier); }
+
+// A 16-bit element of a tile in shared memory with the 128-byte swizzle.
+//     K-major: row = m or n, 8 of them 128 bytes apart, then the stride offset
+//     MN-major: row = k, 8 of them 128 bytes apart, then the stride offset; 64 columns, then the leading offset
+uint16_t tile_element(uint64_t descriptor, bool transposed, int mn, int k) {
+  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4,
+                 stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("wgmma of descriptor %016lx: not emulated", descriptor);
+  uint32_t at = transposed ? start + mn / 64 * leading + mn % 64 * 2 + k % 8 * 128 + k / 8 * stride
+                           : start + mn % 8 * 128 + mn / 8 * stride + k * 2;
+  at ^= (at >> 7 & 7) << 4;
+  if (at + uint64_t(2) > shared_bytes) fail("wgmma of byte %u of %zu of shared memory", at, shared_bytes);
+  if (in_flight[at]) fail("wgmma of byte %u, which a cp.async is still to write", at);
+  uint16_t bits;
+  memcpy(&bits, shared_memory + at, 2);
+  return bits;
+}
+
+template <class T>
+void run_products(Fiber* lanes, int first_row, const Product& p, size_t group, size_t index) {
+  static float a[16][16], b[16][256], c[16][256];
+  for (int n = 0; n < p.n; ++n)
+    for (int k = 0; k < 16; ++k) b[k][n] = float(T(tile_element(p.b_descriptor, p.b_transposed, n, k), T::from_bits()));
+  if (!p.a)
+    for (int m = 0; m < 16; ++m)
+      for (int k = 0; k < 16; ++k)
+        a[m][k] = float(T(tile_element(p.a_descriptor, false, first_row + m, k), T::from_bits()));
+  for (int l = 0; l < kWarp; ++l) {
+    const Product& mine = lanes[l].product_groups[group][index];
+    if (mine.b_descriptor != p.b_descriptor || mine.a_descriptor != p.a_descriptor || mine.n != p.n)
+      fail("wgmma of different descriptors in a warp");
+    for (int r = 0; p.a && r < 4; ++r)
+      for (int i = 0; i < 2; ++i) a[l / 4 + r % 2 * 8][l % 4 * 2 + r / 2 * 8 + i] = ptx::element<T>(mine.a[r], i);
+    for (int e = 0; e < p.n / 2; ++e)
+      c[l / 4 + e / 2 % 2 * 8][e / 4 * 8 + l % 4 * 2 + e % 2] = mine.add ? mine.d[e] : 0;
+  }
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 16; ++k)
+      for (int n = 0; n < p.n; ++n) c[m][n] += a[m][k] * b[k][n];
+  for (int l = 0; l < kWarp; ++l)
+    for (int e = 0; e < p.n / 2; ++e)
+      lanes[l].product_groups[group][index].d[e] = c[l / 4 + e / 2 % 2 * 8][e / 4 * 8 + l % 4 * 2 + e % 2];
+}
+
+// All but the last `pending` groups of this thread's warp.
+void run_groups(int pending) {
+  Fiber* const lanes = &fibers[thread / kWarp * kWarp];
+  for (int l = 0; l < kWarp; ++l)
+    if (lanes[l].product_groups.size() != lanes[0].product_groups.size()) fail("wgmma groups differ in a warp");
+  while (int(lanes[0].product_groups.size()) > pending) {
+    const std::vector<Product> group = lanes[0].product_groups[0];
+    for (size_t i = 0; i < group.size(); ++i)
+      (group[i].half ? run_products<__half> : run_products<__nv_bfloat16>)(lanes, thread / kWarp % 4 * 16, group[i], 0, i);
+    for (int l = 0; l < kWarp; ++l) lanes[l].product_groups.pop_front();
+  }
+}
+
+}  // namespace
+
+void wgmma_issue(const Product& product) {
+  if (fibers[thread].unfenced) fail("wgmma without fence.proxy.async since the last wait");
+  fibers[thread].products.push_back(product);
+}
+// As early as now or as late as the wait, by chance: the registers and the shared memory must do for both.
+void wgmma_commit() {
+  Fiber& f = fibers[thread];
+  f.product_groups.push_back(std::move(f.products));
+  f.products.clear();
+  collective("wgmma.commit_group", nullptr, [](void* const(&)[kWarp]) {
+    if (random_engine()() % 2) run_groups(0);
+  });
+}
+void wgmma_wait(int pending) {
+  int groups = pending;
+  collective("wgmma.wait_group", &groups, [](void* const(&lanes)[kWarp]) { run_groups(*static_cast<int*>(lanes[0])); });
+}
+
+void mbarrier_init(uint64_t& barrier, int arrivals) {
+  as_mbarrier(barrier) = {uint16_t(arrivals), uint16_t(arrivals), 0};
+}
+void mbarrier_arrive(uint64_t& barrier) {
+  Mbarrier& b = as_mbarrier(barrier);
+  if (b.pending == 0 || b.pending > b.expected) fail("arrival at an mbarrier that expects none");
+  if (--b.pending == 0) b.pending = b.expected, ++b.phase, ++mbarrier_phases;
+}
+void mbarrier_arrive_after_copies(uint64_t& barrier) {
+  Fiber& f = fibers[thread];
+  std::vector<Copy> copies;
+  for (auto& group : f.groups) copies.insert(copies.end(), group.begin(), group.end());
+  copies.insert(copies.end(), f.open.begin(), f.open.end());
+  f.groups.clear();
+  f.open.clear();
+  f.arrivals.push_back({std::move(copies), &barrier});
+}
+void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
+  while ((as_mbarrier(barrier).phase & 1) == parity) wait(mbarrier_phases);
+  fibers[thread].unfenced = true;
+}
+void fence_async_proxy() { fibers[thread].unfenced = false; }
+
+void named_barrier(int id, int threads, bool stay) {
+  if (id < 1 || id > 15 || threads % kWarp) fail("bar %d, %d", id, threads);
+  auto& b = named_barriers[id];
+  if (++b.arrived == threads) {
+    b.arrived = 0, ++b.generation;
+  } else if (stay) {
+    wait(b.generation);
+  }
+}
+
 }  // namespace emulate
 
 // What torch would ask of a real device.

@@ -89,7 +89,7 @@ def shared_variables(text: str) -> str:
 
     def declare(match: re.Match[str]) -> str:
         first, *rest = split(match.group(1))
-        if not (head := re.fullmatch(r"([\w: ]+?) (\w+)((?:\[[^\]]+\])*)", first)):
+        if not (head := re.fullmatch(r"([\w:<> ]+?) (\w+)((?:\[[^\]]+\])*)", first)):
             raise TransformError(f"not a shared variable: {match.group()}")
         out = []
         for declarator in [first[len(head.group(1)) :].strip(), *rest]:

@@ -1,0 +1,153 @@
+// Thin wrappers of wgmma, setmaxnreg, mbarriers and named barriers; compiles for sm_90a only. For wgmma.cuh.
+#pragma once
+
+#include "tensor_core.cuh"
+
+namespace pagedkv::wgmma {
+
+// products ------------------------------------------------------------------------------------------------------------
+//
+// d is float32 [64, N]: of lane l of warp w, d[4j + 2h + i] is row 16 w + l / 4 + 8 h, column 8 j + 2 (l % 4) + i. The A
+// operand in registers has the layout of two such 8-column groups, packed: a[2 c + h] for column group c.
+
+// Before the first product, and whenever registers that a product will read or add to were written.
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// The compiler must not move reads or writes of these registers across this point: to it the products are done when
+// they are issued.
+template <int N>
+__device__ __forceinline__ void pin(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+#define PAGEDKV_R10(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define PAGEDKV_R30 PAGEDKV_R10() PAGEDKV_R10(1) PAGEDKV_R10(2)
+#define PAGEDKV_R60 PAGEDKV_R30 PAGEDKV_R10(3) PAGEDKV_R10(4) PAGEDKV_R10(5)
+#define PAGEDKV_R120 \
+  PAGEDKV_R60 PAGEDKV_R10(6) PAGEDKV_R10(7) PAGEDKV_R10(8) PAGEDKV_R10(9) PAGEDKV_R10(10) PAGEDKV_R10(11)
+#define PAGEDKV_F8(o)                                                                                               \
+  "+f"(d[(o)]), "+f"(d[(o) + 1]), "+f"(d[(o) + 2]), "+f"(d[(o) + 3]), "+f"(d[(o) + 4]), "+f"(d[(o) + 5]), \
+      "+f"(d[(o) + 6]), "+f"(d[(o) + 7])
+#define PAGEDKV_F32(o) PAGEDKV_F8(o), PAGEDKV_F8((o) + 8), PAGEDKV_F8((o) + 16), PAGEDKV_F8((o) + 24)
+#define PAGEDKV_F64(o) PAGEDKV_F32(o), PAGEDKV_F32((o) + 32)
+#define PAGEDKV_F128(o) PAGEDKV_F64(o), PAGEDKV_F64((o) + 64)
+
+// A and B from shared memory, both K-major; d is overwritten where !add.
+#define PAGEDKV_WGMMA_SS(n, type, registers, a, b, s, operands)                                                     \
+  asm volatile(                                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+      " {" registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                                       \
+      : operands                                                                                                    \
+      : "l"(a_descriptor), "l"(b_descriptor), "r"(int(add)))
+// d += A B: A from registers, B [k, n] MN-major.
+#define PAGEDKV_WGMMA_RS(n, type, registers, a0, a1, a2, a3, b, s, operands)                                        \
+  asm volatile(                                                                                                     \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
+      " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 1;\n}"                         \
+      : operands                                                                                                    \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(1))
+
+template <class T, int N>
+__device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
+  static_assert(N == 64 || N == 128);
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (N == 64) {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_SS(64, "f16", PAGEDKV_R30 "%30, %31", 32, 33, 34, PAGEDKV_F32(0));
+    else
+      PAGEDKV_WGMMA_SS(64, "bf16", PAGEDKV_R30 "%30, %31", 32, 33, 34, PAGEDKV_F32(0));
+  } else {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_SS(128, "f16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, PAGEDKV_F64(0));
+    else
+      PAGEDKV_WGMMA_SS(128, "bf16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, PAGEDKV_F64(0));
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
+  static_assert(N == 64 || N == 128 || N == 256);
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  if constexpr (N == 64) {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_RS(64, "f16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, PAGEDKV_F32(0));
+    else
+      PAGEDKV_WGMMA_RS(64, "bf16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, PAGEDKV_F32(0));
+  } else if constexpr (N == 128) {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_RS(128, "f16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, PAGEDKV_F64(0));
+    else
+      PAGEDKV_WGMMA_RS(128, "bf16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, PAGEDKV_F64(0));
+  } else {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_RS(256, "f16", PAGEDKV_R120 "%120, %121, %122, %123, %124, %125, %126, %127", 128, 129, 130, 131,
+                       132, 133, PAGEDKV_F128(0));
+    else
+      PAGEDKV_WGMMA_RS(256, "bf16", PAGEDKV_R120 "%120, %121, %122, %123, %124, %125, %126, %127", 128, 129, 130, 131,
+                       132, 133, PAGEDKV_F128(0));
+  }
+}
+
+#undef PAGEDKV_WGMMA_SS
+#undef PAGEDKV_WGMMA_RS
+#undef PAGEDKV_F128
+#undef PAGEDKV_F64
+#undef PAGEDKV_F32
+#undef PAGEDKV_F8
+#undef PAGEDKV_R120
+#undef PAGEDKV_R60
+#undef PAGEDKV_R30
+#undef PAGEDKV_R10
+
+// Moves registers between warpgroups; the sum over the CTA must stay within what it was launched with.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// barriers ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint64_t& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(&barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
+}
+// One of the expected arrivals, made once this thread's cp.async so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
+}
+// Until the barrier's phase of this parity is complete. A new barrier counts as having completed one of parity 1.
+__device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity) {
+  const uint32_t address = smem_address(&barrier);
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+// What other threads wrote to shared memory by ordinary stores or cp.async, and a barrier has made visible to this one,
+// becomes visible to the products that this thread issues.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void named_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace pagedkv::wgmma

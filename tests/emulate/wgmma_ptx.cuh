@@ -1,0 +1,63 @@
+// Hopper's instructions on the emulated device, in place of csrc/cuda/wgmma_ptx.cuh: the same functions.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace emulate {
+
+// wgmma of one lane, run at some time between its commit and its wait; until then it holds pointers to registers.
+struct Product {
+  float* d;  // [n / 2]
+  int n;
+  bool half, add;
+  const uint32_t* a;  // [4], or null: a_descriptor
+  uint64_t a_descriptor, b_descriptor;
+  bool b_transposed;
+};
+void wgmma_issue(const Product& product);
+void wgmma_commit();
+void wgmma_wait(int pending);
+
+void mbarrier_init(uint64_t& barrier, int arrivals);
+void mbarrier_arrive(uint64_t& barrier);
+void mbarrier_arrive_after_copies(uint64_t& barrier);
+void mbarrier_wait(uint64_t& barrier, uint32_t parity);
+void fence_async_proxy();
+void named_barrier(int id, int threads, bool stay);
+
+}  // namespace emulate
+
+namespace pagedkv::wgmma {
+
+inline void fence() {}
+inline void commit() { emulate::wgmma_commit(); }
+template <int kPending>
+void wait() {
+  emulate::wgmma_wait(kPending);
+}
+template <int N>
+void pin(float (&)[N]) {}
+
+template <class T, int N>
+void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
+  emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, add, nullptr, a_descriptor, b_descriptor, false});
+}
+template <class T, int N>
+void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
+  emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, true, a, 0, b_descriptor, true});
+}
+
+template <int kRegisters>
+void take_registers() {}
+template <int kRegisters>
+void give_registers() {}
+
+inline void barrier_init(uint64_t& barrier, int arrivals) { emulate::mbarrier_init(barrier, arrivals); }
+inline void barrier_arrive(uint64_t& barrier) { emulate::mbarrier_arrive(barrier); }
+inline void barrier_arrive_after_copies(uint64_t& barrier) { emulate::mbarrier_arrive_after_copies(barrier); }
+inline void barrier_wait(uint64_t& barrier, uint32_t parity) { emulate::mbarrier_wait(barrier, parity); }
+inline void fence_async_proxy() { emulate::fence_async_proxy(); }
+inline void named_sync(int id, int threads) { emulate::named_barrier(id, threads, true); }
+inline void named_arrive(int id, int threads) { emulate::named_barrier(id, threads, false); }
+
+}  // namespace pagedkv::wgmma
