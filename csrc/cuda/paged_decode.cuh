@@ -104,11 +104,18 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + piece.kv_head * p.v_stride_h * L::kElement;
     uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
 
-    auto pages = [&](int key) {
-      int2 page;
-      page.x = block_of(p, piece.seq, key);
-      page.y = p.block_size >= L::kKeys ? page.x : block_of(p, piece.seq, key + 8);
-      return page;
+    // Pages of 16 of the warp's blocks at a time, one load ahead of their use and unchecked until then (a test beside
+    // the load would wait for it): lane l holds the page of block first + l % 16, of its keys 0 .. 7 or 8 .. 15.
+    const int* const table = p.block_tables + int64_t(piece.seq) * p.table_stride;
+    auto load_pages = [&](int first) {
+      const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
+      return key < piece.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
+    };
+    int page_ids = load_pages(0), next_ids = load_pages(16);
+    auto pages = [&](int block) {
+      auto usable_page = [&](int page) { return page >= 0 && page < p.num_blocks ? page : -1; };
+      return int2{usable_page(__shfl_sync(0xffffffffu, page_ids, block % 16)),
+                  usable_page(__shfl_sync(0xffffffffu, page_ids, 16 + block % 16))};
     };
     auto fill_slot = [&](int slot, int key, int2 page) {
       usable = (usable & ~(3u << (2 * slot))) | (uint32_t(page.x >= 0) | uint32_t(page.y >= 0) << 1) << (2 * slot);
@@ -137,26 +144,50 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       }
     };
 
-    // ---- fill the pipeline, then read Q while those copies fly
+    // ---- Q's rows, every warps-th one to this warp: four loads of each lane fly while the pipeline is filled
+    constexpr int kWords = (kDim / 2 + 31) / 32;
+    uint32_t words[4][kWords];
+    auto read_query = [&](int first) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const int r = first + u * warps;
+        const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
+        const uint16_t* const q =
+            static_cast<const uint16_t*>(p.q) + max(row, int64_t(0)) * p.q_stride_t + piece.head(r) * p.q_stride_h;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const int pair = lane + 32 * i;
+          words[u][i] = 0;
+          if (row < 0 || 2 * pair >= p.head_dim) continue;
+          words[u][i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
+                                           : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
+        }
+      }
+    };
+    auto store_query = [&](int first) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const int r = first + u * warps;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const int pair = lane + 32 * i;
+          if (r >= kRowTile || 2 * pair >= kDim) continue;
+          const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
+          *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = words[u][i];
+        }
+      }
+    };
+    read_query(warp);
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) {
-      if (i < blocks) fill_slot(i, begin + i * step, pages(begin + i * step));
+      if (i < blocks) fill_slot(i, begin + i * step, pages(i));
       cp_async_commit();
     }
-    int2 next_page = pages(begin + (L::kStages - 1) * step);  // read one block ahead of its use
-
-    for (int i = threadIdx.x; i < kRowTile * (kDim / 2); i += blockDim.x) {
-      const int r = i / (kDim / 2), pair = i % (kDim / 2);
-      uint32_t value = 0;
-      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
-      if (row >= 0 && 2 * pair < p.head_dim) {
-        const uint16_t* q =
-            static_cast<const uint16_t*>(p.q) + row * p.q_stride_t + piece.head(r) * p.q_stride_h + 2 * pair;
-        value = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q))
-                                   : uint32_t(__ldg(q)) | uint32_t(__ldg(q + 1)) << 16;
-      }
-      const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
-      *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = value;
+    store_query(warp);
+#pragma unroll 1
+    for (int first = warp + 4 * warps; first < kRowTile; first += 4 * warps) {
+      read_query(first);
+      store_query(first);
     }
     __syncthreads();
 
@@ -311,9 +342,11 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       __syncwarp();
       const int ahead = i + L::kStages - 1;
       if (ahead < blocks) {
-        const int2 page = next_page;
-        next_page = pages(begin + (ahead + 1) * step);
-        fill_slot(free_slot, begin + ahead * step, page);
+        if (ahead % 16 == 0) {
+          page_ids = next_ids;
+          next_ids = load_pages(ahead + 16);
+        }
+        fill_slot(free_slot, begin + ahead * step, pages(ahead));
       }
       cp_async_commit();
       attend(slot, begin + i * step);
