@@ -262,27 +262,47 @@ __device__ __forceinline__ void finish_piece(const AttentionParams& p, const Pla
     }
   }
   if (!piece.whole()) {
-    __threadfence();  // the partial results are visible to the whole GPU before the counter says so
+    // The barrier puts the CTA's stores before the fence, the fence puts them before the counter for the whole GPU.
     __syncthreads();
-    if (threadIdx.x == 0) *flag = atomicAdd(plan.arrived + piece.counter, piece.units) + piece.units == piece.tiles;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      *flag = atomicAdd(plan.arrived + piece.counter, piece.units) + piece.units == piece.tiles;
+      __threadfence();
+    }
     __syncthreads();
     if (*flag) {
-      __threadfence();
+      constexpr int kFlight = 16;  // parts whose loads are in flight together
       for (int i = threadIdx.x; i < piece.rows * kCols; i += blockDim.x) {
         const int row = i / kCols, col = (i - row * kCols) * 4;
         if (col >= p.head_dim) continue;
         float best = kNegInf, total = 0.f;
-#pragma unroll 4
-        for (int j = 0; j < piece.parts; ++j)
-          best = fmaxf(best, __ldcg(plan.partial_max + piece.part_slot(j) * kRowTile + row));
-        const float base = best == kNegInf ? 0.f : best;
         float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-        for (int j = 0; j < piece.parts; ++j) {
-          const int64_t at = piece.part_slot(j) * kRowTile + row;
-          const float w = L::exp(__ldcg(plan.partial_max + at) - base);
-          total += w * __ldcg(plan.partial_sum + at);  // an empty part is stored as zeros with a maximum of -inf
-          accumulate(acc, w, __ldcg(reinterpret_cast<const float4*>(plan.partial_out + at * kDim + col)));
+#pragma unroll 1
+        for (int first = 0; first < piece.parts; first += kFlight) {
+          float tops[kFlight], sums[kFlight];
+          float4 outs[kFlight];
+#pragma unroll
+          for (int u = 0; u < kFlight; ++u) {
+            tops[u] = kNegInf, sums[u] = 0.f, outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (first + u >= piece.parts) continue;
+            const int64_t at = piece.part_slot(first + u) * kRowTile + row;
+            tops[u] = __ldcg(plan.partial_max + at);
+            sums[u] = __ldcg(plan.partial_sum + at);
+            outs[u] = __ldcg(reinterpret_cast<const float4*>(plan.partial_out + at * kDim + col));
+          }
+          float now = best;
+#pragma unroll
+          for (int u = 0; u < kFlight; ++u) now = fmaxf(now, tops[u]);
+          const float base = now == kNegInf ? 0.f : now, shrink = L::exp(best - base);
+          best = now;
+          total *= shrink;
+          acc.x *= shrink, acc.y *= shrink, acc.z *= shrink, acc.w *= shrink;
+#pragma unroll
+          for (int u = 0; u < kFlight; ++u) {
+            const float w = L::exp(tops[u] - base);
+            total += w * sums[u];  // an empty part is stored as zeros with a maximum of -inf
+            accumulate(acc, w, outs[u]);
+          }
         }
         write_out<T>(p, piece, row, col, acc, best, total);
       }
