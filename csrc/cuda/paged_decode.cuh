@@ -42,7 +42,9 @@ struct DecodeLayout {
   static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
   static constexpr int kQueryBytes = kRowTile * kDim * 2;
 
-  static constexpr int bytes(int warps) { return warps * kWarpBytes + kQueryBytes + warps * 2 * kRowTile * 4 + 16; }
+  static constexpr int bytes(int warps) {
+    return warps * kWarpBytes + kQueryBytes + warps * 2 * kRowTile * 4 + 16 + int(sizeof(PlanScratch));
+  }
 };
 constexpr int kDecodeWarps = 4;
 
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
   float* const tops = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
   float* const sums = tops + warps * kRowTile;
   int* const flag = reinterpret_cast<int*>(sums + warps * kRowTile);
+  PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(flag + 4);
 
   const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
   const Logit logit(p);
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
   const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
   const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
 
-  for_each_piece(p, plan, [&](const Piece& piece) {
+  for_each_piece(p, plan, scratch, sizeof(T), [&](const Piece& piece) {
     // ---- this warp's blocks of 16 keys
     const int begin = max(piece.key_begin, piece.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
     const int step = warps * L::kKeys;
