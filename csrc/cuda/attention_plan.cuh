@@ -95,6 +95,17 @@ struct SeqWork {
   int tiles;      // units of each item (an upper bound over its row tiles); 0: nothing to do
 };
 
+// AttentionParams::window_tiles.
+inline int window_tiles(int group, int window, bool causal) {
+  if (window == 0 || group == 0) return 1 << 30;
+  // tokens that the rows of one tile can belong to
+  const int span = group % kRowTile == 0   ? 1
+                   : kRowTile % group == 0 ? kRowTile / group
+                                           : (kRowTile - 2 + group) / group + 1;
+  const int64_t width = span - 1 + (causal ? int64_t(window) : 2 * int64_t(window) - 1);
+  return int((width + kKeyTile - 2) / kKeyTile + 1);
+}
+
 __device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, int seq) {
   SeqWork w;
   const int group = p.num_heads / p.num_kv_heads;
@@ -103,14 +114,7 @@ __device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, int seq) {
   w.keys = readable_keys(p, w.len);
   w.row_tiles = int((int64_t(w.tokens) * group + kRowTile - 1) / kRowTile);
   w.tiles = w.tokens > 0 ? (w.keys + kKeyTile - 1) / kKeyTile : 0;
-  if (p.window > 0) {
-    // tokens that the rows of one tile can belong to
-    const int span = group % kRowTile == 0   ? 1
-                     : kRowTile % group == 0 ? kRowTile / group
-                                             : (kRowTile - 2 + group) / group + 1;
-    const int64_t width = span - 1 + (p.causal ? int64_t(p.window) : 2 * int64_t(p.window) - 1);
-    w.tiles = int(min(int64_t(w.tiles), (width + kKeyTile - 2) / kKeyTile + 1));
-  }
+  w.tiles = min(w.tiles, p.window_tiles);
   return w;
 }
 
@@ -156,6 +160,7 @@ __device__ __forceinline__ Totals make_cuts(const AttentionParams& p, const Plan
   const int each = (p.num_seqs + threads - 1) / threads;  // sequences a thread, in a row
   const int first = min(p.num_seqs, int(threadIdx.x) * each), last = min(p.num_seqs, first + each);
   Totals mine{0, 0, 0};
+#pragma unroll 1
   for (int s = first; s < last; ++s) mine.add(seq_totals(p, s, seq_work(p, s)));
   Totals upto = mine;  // inclusive prefix sum
 #pragma unroll
@@ -167,11 +172,13 @@ __device__ __forceinline__ Totals make_cuts(const AttentionParams& p, const Plan
   if (lane == 31) shared.warps[warp] = upto;
   __syncthreads();
   Totals total{0, 0, 0};
+#pragma unroll 1
   for (int w = 0; w < threads / 32; ++w) {
     if (w == warp) upto.add(total);
     total.add(shared.warps[w]);
   }
   const int64_t all = total.units, used = max(int64_t(1), min(int64_t(plan.ctas), all));
+#pragma unroll 1
   for (int e = 0; e < 2; ++e) {
     const int64_t c = int64_t(blockIdx.x) + e;
     Cut cut{c < used ? quotient(all * c, used) : all, total.items, p.num_seqs, 0, 0, 0, 0};
@@ -182,6 +189,7 @@ __device__ __forceinline__ Totals make_cuts(const AttentionParams& p, const Plan
       cut.items = upto.items - mine.items;
       SeqWork w;
       Totals t;
+#pragma unroll 1
       for (cut.seq = first;; ++cut.seq) {
         w = seq_work(p, cut.seq);
         t = seq_totals(p, cut.seq, w);
@@ -235,7 +243,9 @@ __device__ __forceinline__ void fill_rows(const AttentionParams& p, int out_size
     if (seen) continue;
     const int64_t bytes = int64_t(p.num_heads) * p.head_dim * out_size;  // a multiple of 16: head_dim is one of 8
     uint4* out = reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + row * bytes);
+#pragma unroll 1
     for (int64_t i = lane; i < bytes / 16; i += 32) out[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
     for (int h = lane; p.lse && h < p.num_heads; h += 32) p.lse[row * p.num_heads + h] = kNegInf;
   }
 }
@@ -391,6 +401,7 @@ __device__ __forceinline__ void finish_piece(const AttentionParams& p, const Pla
                                              int set_stride, int row_stride, int* flag) {
   using L = Logits<T>;
   constexpr int kCols = kDim / 4;
+#pragma unroll 1
   for (int i = threadIdx.x; i < piece.rows * kCols; i += blockDim.x) {
     const int row = i / kCols, col = (i - row * kCols) * 4;
     if (col >= p.head_dim) continue;
@@ -423,8 +434,10 @@ __device__ __forceinline__ void finish_piece(const AttentionParams& p, const Pla
     }
     __syncthreads();
     if (*flag) {
-      const int parts = piece.parts(plan);
+      const int parts = piece.parts(plan), step = plan.splits > 0 ? 1 : 2;
+      const int64_t part0 = piece.part_slot(plan, 0), rest = piece.part_slot(plan, 1) - step;
       constexpr int kFlight = 16;  // parts whose loads are in flight together
+#pragma unroll 1
       for (int i = threadIdx.x; i < piece.rows * kCols; i += blockDim.x) {
         const int row = i / kCols, col = (i - row * kCols) * 4;
         if (col >= p.head_dim) continue;
@@ -438,7 +451,7 @@ __device__ __forceinline__ void finish_piece(const AttentionParams& p, const Pla
           for (int u = 0; u < kFlight; ++u) {
             tops[u] = kNegInf, sums[u] = 0.f, outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
             if (first + u >= parts) continue;
-            const int64_t at = piece.part_slot(plan, first + u) * kRowTile + row;
+            const int64_t at = (first + u == 0 ? part0 : rest + (first + u) * step) * kRowTile + row;
             tops[u] = __ldcg(plan.partial_max + at);
             sums[u] = __ldcg(plan.partial_sum + at);
             outs[u] = __ldcg(reinterpret_cast<const float4*>(plan.partial_out + at * kDim + col));

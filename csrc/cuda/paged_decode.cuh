@@ -54,19 +54,45 @@ struct DecodeAccess {
   bool wide;         // cache rows may be read 16 bytes at a time (8-bit rows may be aligned to 8 only)
 };
 
-// kBytes-wide copies of 16 rows of K or V into a slot.
+// Copies of 16 rows of K or V into a slot, kBytes a piece; zeros for rows that are not valid and behind a row's end.
 template <int kChunks, int kBytes>
-__device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
-                                          int64_t row_stride, int row_bytes, uint32_t valid_rows) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kChunks / 2; ++i) {
-    const int e = lane + 32 * i, r = e / kChunks, c = e % kChunks;
+__device__ __forceinline__ void copy_valid_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
+                                                int64_t row_stride, int row_bytes, uint32_t valid_rows) {
+#pragma unroll 1
+  for (int e = threadIdx.x % 32; e < 16 * kChunks; e += 32) {
+    const int r = e / kChunks, c = e % kChunks;
     const bool valid = (valid_rows >> r) & 1;
     const uint8_t* source = (r < 8 ? first : second) + (r & 7) * row_stride + c * 16;
     const uint32_t to = target + swizzle<kChunks>(r, c) * 16;
 #pragma unroll
     for (int b = 0; b < 16; b += kBytes) cp_async<kBytes>(to + b, source + b, valid && c * 16 + b < row_bytes);
+  }
+}
+
+// The same where all of it is valid, as nearly every time: few instructions, a uniform step from row to row.
+template <int kChunks>
+__device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
+                                          int64_t row_stride) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (32 % kChunks == 0 && kChunks >= 4) {
+    constexpr int kRows = 32 / kChunks;  // a pass
+    const int r = lane / kChunks, c = lane % kChunks;
+    const int64_t from = r * row_stride + c * 16;
+    first += from, second += from;
+#pragma unroll
+    for (int i = 0; i < 8; i += kRows) {
+      const uint32_t to = target + swizzle<kChunks>(i + r, c) * 16;
+      cp_async<16>(to, first, true);
+      cp_async<16>(to + 8 * kChunks * 16, second, true);  // the swizzle repeats every 8 rows
+      first += kRows * row_stride, second += kRows * row_stride;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunks / 2; ++i) {
+      const int e = lane + 32 * i, r = e / kChunks, c = e % kChunks;
+      cp_async<16>(target + swizzle<kChunks>(r, c) * 16, (r < 8 ? first : second) + (r & 7) * row_stride + c * 16,
+                   true);
+    }
   }
 }
 
@@ -132,12 +158,16 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       const uint8_t* const k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
       const uint8_t* const v0 = v_base + v_offset(p, x, key, 0) * L::kElement;
       const uint8_t* const v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
-      if (!kQuantized || access.wide) {
-        copy_rows<L::kChunks, 16>(k_at, k0, k1, k_row, row_bytes, rows);
-        copy_rows<L::kChunks, 16>(v_at, v0, v1, v_row, row_bytes, rows);
+      const bool wide = !kQuantized || access.wide;
+      if (wide && rows == 0xffffu && row_bytes == L::kChunks * 16) {
+        copy_rows<L::kChunks>(k_at, k0, k1, k_row);
+        copy_rows<L::kChunks>(v_at, v0, v1, v_row);
+      } else if (wide) {
+        copy_valid_rows<L::kChunks, 16>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks, 16>(v_at, v0, v1, v_row, row_bytes, rows);
       } else {
-        copy_rows<L::kChunks, 8>(k_at, k0, k1, k_row, row_bytes, rows);
-        copy_rows<L::kChunks, 8>(v_at, v0, v1, v_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks, 8>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks, 8>(v_at, v0, v1, v_row, row_bytes, rows);
       }
       if constexpr (kQuantized) {
         const int r = lane % 16;
@@ -150,47 +180,41 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     // ---- Q's rows, every warps-th one to this warp: four loads of each lane fly while the pipeline is filled
     constexpr int kWords = (kDim / 2 + 31) / 32;
     uint32_t words[4][kWords];
-    auto read_query = [&](int first) {
+    auto read_query = [&](int r, uint32_t (&out)[kWords]) {
+      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
+      const uint16_t* const q =
+          static_cast<const uint16_t*>(p.q) + max(row, int64_t(0)) * p.q_stride_t + piece.head(r) * p.q_stride_h;
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int r = first + u * warps;
-        const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
-        const uint16_t* const q =
-            static_cast<const uint16_t*>(p.q) + max(row, int64_t(0)) * p.q_stride_t + piece.head(r) * p.q_stride_h;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          const int pair = lane + 32 * i;
-          words[u][i] = 0;
-          if (row < 0 || 2 * pair >= p.head_dim) continue;
-          words[u][i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
-                                           : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
-        }
+      for (int i = 0; i < kWords; ++i) {
+        const int pair = lane + 32 * i;
+        out[i] = 0;
+        if (row < 0 || 2 * pair >= p.head_dim) continue;
+        out[i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
+                                    : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
       }
     };
-    auto store_query = [&](int first) {
+    auto store_query = [&](int r, const uint32_t (&in)[kWords]) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const int r = first + u * warps;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) {
-          const int pair = lane + 32 * i;
-          if (r >= kRowTile || 2 * pair >= kDim) continue;
-          const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
-          *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = words[u][i];
-        }
+      for (int i = 0; i < kWords; ++i) {
+        const int pair = lane + 32 * i;
+        if (r >= kRowTile || 2 * pair >= kDim) continue;
+        const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
+        *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = in[i];
       }
     };
-    read_query(warp);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) read_query(warp + u * warps, words[u]);
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) {
       if (i < blocks) fill_slot(i, begin + i * step, pages(i));
       cp_async_commit();
     }
-    store_query(warp);
+#pragma unroll
+    for (int u = 0; u < 4; ++u) store_query(warp + u * warps, words[u]);
 #pragma unroll 1
-    for (int first = warp + 4 * warps; first < kRowTile; first += 4 * warps) {
-      read_query(first);
-      store_query(first);
+    for (int r = warp + 4 * warps; r < kRowTile; r += warps) {  // fewer than four warps
+      read_query(r, words[0]);
+      store_query(r, words[0]);
     }
     __syncthreads();
 
@@ -214,6 +238,10 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       seen[h] = r < piece.rows ? visible_keys(p, position[h], piece.keys) : KeyRange{0, 0};
       slope[h] = p.alibi_slopes && r < piece.rows ? __ldg(p.alibi_slopes + piece.head(r)) * kLog2e : 0.f;
     }
+
+    // Keys that all of the piece's rows see. Rows that pad the tile then see them, too: their results go nowhere.
+    const int all_lo = visible_keys(p, piece.position(piece.rows - 1), piece.keys).lo;
+    const int all_hi = visible_keys(p, piece.position(0), piece.keys).hi;
 
     float o[kColumns][4] = {};
     float top[2] = {kNegInf, kNegInf}, sum[2] = {0.f, 0.f};
@@ -254,22 +282,39 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       }
 
       // ---- logits and the new maxima; element e of n-tile n: row g + 8 * (e / 2), key 8n + 2t + e % 2
-      float tile_top[2] = {kNegInf, kNegInf};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const bool usable_half = (usable >> (2 * slot + n)) & 1;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int column = 8 * n + 2 * t + e % 2, h = e / 2, pos = key + column;
-          float value = x[n][e];
-          if constexpr (kQuantized) value *= scales[column];
-          value = logit(value) + slope[h] * float(pos - position[h]);
-          // no test against key_end: it is a multiple of 16, or nothing is visible from there on
-          const bool visible = usable_half && pos >= seen[h].lo && pos < seen[h].hi;
-          x[n][e] = visible ? value : kNegInf;
-          tile_top[h] = fmaxf(tile_top[h], x[n][e]);
+          if constexpr (kQuantized) x[n][e] *= scales[8 * n + 2 * t + e % 2];
+          x[n][e] *= logit.mul;
         }
       }
+      if (logit.cap > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = logit.capped(x[i / 4][i % 4]);
+      }
+      if (p.alibi_slopes) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int h = i % 4 / 2, pos = key + 8 * (i / 4) + 2 * t + i % 2;
+          x[i / 4][i % 4] += slope[h] * float(pos - position[h]);
+        }
+      }
+      const uint32_t usable_halves = (usable >> (2 * slot)) & 3;
+      if (usable_halves != 3 || key < all_lo || key + L::kKeys > all_hi) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int n = i / 4, h = i % 4 / 2, pos = key + 8 * n + 2 * t + i % 2;
+          // no test against key_end: it is a multiple of 16, or nothing is visible from there on
+          const bool visible = (usable_halves >> n) & 1 && pos >= seen[h].lo && pos < seen[h].hi;
+          if (!visible) x[n][i % 4] = kNegInf;
+        }
+      }
+      float tile_top[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        tile_top[h] = fmaxf(fmaxf(x[0][2 * h], x[0][2 * h + 1]), fmaxf(x[1][2 * h], x[1][2 * h + 1]));
       float shrink[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
