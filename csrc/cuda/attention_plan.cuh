@@ -3,8 +3,9 @@
 // Work is counted in units of kKeyTile keys of one item; an item is (sequence, KV head, tile of kRowTile query rows),
 // where the rows of a KV head are its (token, head in the GQA group) pairs, token-major. All units of the batch form
 // one line, ordered by sequence, head, row tile, key. The line is cut into one stretch for each CTA of a fixed grid:
-//   - planned (num_splits 0): even stretches. Items shorter than kWholeTiles are moved to one side of a cut whole. At
-//     most two pieces of a CTA's stretch are partial items, so the workspace has two slots a CTA whatever the batch.
+//   - planned (num_splits 0): even stretches. Items shorter than kWholeTiles are moved to one side of a cut whole. Where
+//     all items are equally long, up to 1/16 of the CTAs stay idle if that makes every stretch whole items, or every item
+//     a whole number of stretches: then no CTA starts a second item in its stretch, or none is merged at all. At most two pieces of a CTA's stretch are partial items, so the workspace has two slots a CTA whatever the batch.
 //   - fixed (num_splits n): every item is cut into n even partitions, so that the bits of a sequence do not depend on
 //     the rest of the batch; the line is cut between partitions only. n = 1 is the one-pass version.
 // Every CTA computes its own two cuts when it starts, from seq_lens and query_len (a block-wide prefix sum: one round
@@ -134,8 +135,11 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {  // of non-n
 struct Totals {
   int64_t units, items;
   int64_t rows;  // rows of `out` that are known to see a key (none is counted twice: sequences own disjoint rows)
+  int longest;   // units of the longest item
 
-  __device__ __forceinline__ void add(const Totals& t) { units += t.units, items += t.items, rows += t.rows; }
+  __device__ __forceinline__ void add(const Totals& t) {
+    units += t.units, items += t.items, rows += t.rows, longest = max(longest, t.longest);
+  }
 };
 
 // Shared memory of for_each_piece.
@@ -145,7 +149,7 @@ struct PlanScratch {
 };
 
 __device__ __forceinline__ Totals seq_totals(const AttentionParams& p, int seq, const SeqWork& w) {
-  Totals t{0, w.tiles > 0 ? int64_t(w.row_tiles) * p.num_kv_heads : 0, 0};
+  Totals t{0, w.tiles > 0 ? int64_t(w.row_tiles) * p.num_kv_heads : 0, 0, w.tiles};
   t.units = t.items * w.tiles;
   const int start = __ldg(p.query_start + seq);
   const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
@@ -157,27 +161,33 @@ __device__ __forceinline__ Totals seq_totals(const AttentionParams& p, int seq, 
 // 128 at most.
 __device__ __forceinline__ Totals make_cuts(const AttentionParams& p, const Plan& plan, PlanScratch& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
-  const int each = (p.num_seqs + threads - 1) / threads;  // sequences a thread, in a row
-  const int first = min(p.num_seqs, int(threadIdx.x) * each), last = min(p.num_seqs, first + each);
-  Totals mine{0, 0, 0};
+  const int share = (p.num_seqs + threads - 1) / threads;  // sequences a thread, in a row
+  const int first = min(p.num_seqs, int(threadIdx.x) * share), last = min(p.num_seqs, first + share);
+  Totals mine{0, 0, 0, 0};
 #pragma unroll 1
   for (int s = first; s < last; ++s) mine.add(seq_totals(p, s, seq_work(p, s)));
   Totals upto = mine;  // inclusive prefix sum
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const Totals t{__shfl_up_sync(0xffffffffu, upto.units, d), __shfl_up_sync(0xffffffffu, upto.items, d),
-                   __shfl_up_sync(0xffffffffu, upto.rows, d)};
+                   __shfl_up_sync(0xffffffffu, upto.rows, d), __shfl_up_sync(0xffffffffu, upto.longest, d)};
     if (lane >= d) upto.add(t);
   }
   if (lane == 31) shared.warps[warp] = upto;
   __syncthreads();
-  Totals total{0, 0, 0};
+  Totals total{0, 0, 0, 0};
 #pragma unroll 1
   for (int w = 0; w < threads / 32; ++w) {
     if (w == warp) upto.add(total);
     total.add(shared.warps[w]);
   }
-  const int64_t all = total.units, used = max(int64_t(1), min(int64_t(plan.ctas), all));
+  const int64_t all = total.units;
+  int64_t used = max(int64_t(1), min(int64_t(plan.ctas), all));
+  if (plan.splits == 0 && all > 0 && total.longest * total.items == all) {
+    const int64_t each = quotient(total.items + used - 1, used);  // items a CTA
+    const int64_t even = each == 1 ? quotient(used, total.items) * total.items : quotient(total.items, each);
+    if (16 * even >= 15 * used && (each == 1 || even * each == total.items)) used = even;
+  }
 #pragma unroll 1
   for (int e = 0; e < 2; ++e) {
     const int64_t c = int64_t(blockIdx.x) + e;
