@@ -11,8 +11,8 @@
 // 8-bit caches stay 8-bit in shared memory. ldmatrix moves pairs of bytes: for K a lane gets dimensions 4t .. 4t + 3 of
 // a key where the operand wants 2t, 2t + 1, 2t + 8, 2t + 9, so Q is stored with its dimensions permuted to match; for V
 // (.trans) it gets dimensions 2g, 2g + 1 of keys 2t, 2t + 1, which serve two n-tiles, the even and the odd dimensions.
-// Conversion to 16 bits is exact. The K scale multiplies the logit; the V scale multiplies P in float32, relative to
-// the largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
+// Conversion to fp16 is exact. The K scale multiplies the logit; the V scale multiplies P in float32, relative to the
+// largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
 //
 // Shared memory: kWarps x kStages x (16 K rows, 16 V rows, [16 K and 16 V scales]), then Q [16, kDim], then softmax
 // states. Rows are swizzled by 16-byte chunk, not padded. When a piece ends, a warp's slots hold its O [16, kDim + 8]
@@ -43,7 +43,7 @@ struct DecodeLayout {
   static constexpr int kQueryBytes = kRowTile * kDim * 2;
 
   static constexpr int bytes(int warps) {
-    return warps * kWarpBytes + kQueryBytes + warps * 2 * kRowTile * 4 + 16 + int(sizeof(PlanScratch));
+    return warps * kWarpBytes + kQueryBytes + (2 * warps + 1) * kRowTile * 4 + 16 + int(sizeof(PlanScratch));
   }
 };
 constexpr int kDecodeWarps = 4;
@@ -103,6 +103,11 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
   using L = DecodeLayout<kKV, kDim>;
   constexpr bool kQuantized = kKV != KVType::kSame;
   constexpr bool kQueryInRegisters = kDim <= 128;
+  // What the tensor cores compute in: fp16 for 8-bit caches whatever the query's type (conversion is cheaper, P keeps
+  // three more bits). A bfloat16 query's row is scaled to below 4 by a power of two, exactly as far as fp16 reaches.
+  using C = std::conditional_t<kQuantized, __half, T>;
+  constexpr bool kScaledQuery = !std::is_same_v<C, T>;
+  constexpr float kWeight = 256.f;    // 8-bit: P is times this, to keep small weights out of fp16's subnormal numbers
   constexpr int kSteps = kDim / 16;   // k-steps of Q K^T
   constexpr int kColumns = kDim / 8;  // n-tiles of P V
 
@@ -113,7 +118,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
   uint8_t* const query_tile = shared + warps * L::kWarpBytes;
   float* const tops = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
   float* const sums = tops + warps * kRowTile;
-  int* const flag = reinterpret_cast<int*>(sums + warps * kRowTile);
+  float* const query_scales = sums + warps * kRowTile;
+  int* const flag = reinterpret_cast<int*>(query_scales + kRowTile);
   PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(flag + 4);
 
   const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
@@ -155,9 +161,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       const int x = max(page.x, 0), y = max(page.y, 0);
       const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
       const uint8_t* const k0 = k_base + k_offset(p, x, key, 0) * L::kElement;
-      const uint8_t* const k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
       const uint8_t* const v0 = v_base + v_offset(p, x, key, 0) * L::kElement;
-      const uint8_t* const v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
+      const uint8_t *k1 = k0 + 8 * k_row, *v1 = v0 + 8 * v_row;
+      if (p.block_size < L::kKeys) {
+        k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
+        v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
+      }
       const bool wide = !kQuantized || access.wide;
       if (wide && rows == 0xffffu && row_bytes == L::kChunks * 16) {
         copy_rows<L::kChunks>(k_at, k0, k1, k_row);
@@ -193,7 +202,20 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
                                     : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
       }
     };
-    auto store_query = [&](int r, const uint32_t (&in)[kWords]) {
+    auto store_query = [&](int r, uint32_t (&in)[kWords]) {
+      if constexpr (kScaledQuery) {
+        auto low = [](uint32_t w) { return __uint_as_float(w << 16); };
+        auto high = [](uint32_t w) { return __uint_as_float(w & 0xffff0000u); };
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) largest = fmaxf(largest, fmaxf(fabsf(low(in[i])), fabsf(high(in[i]))));
+        for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+        const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+        const float scale = __uint_as_float((254 - exponent) << 23);
+        if (r < kRowTile && lane == 0) query_scales[r] = __uint_as_float(exponent << 23);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) in[i] = pack2<C>(low(in[i]) * scale, high(in[i]) * scale);
+      }
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int pair = lane + 32 * i;
@@ -230,12 +252,13 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     // ---- this lane's two rows, g and g + 8
     KeyRange seen[2];
     int position[2];
-    float slope[2];
+    float slope[2], row_mul[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = g + 8 * h;
       position[h] = piece.position(r);
       seen[h] = r < piece.rows ? visible_keys(p, position[h], piece.keys) : KeyRange{0, 0};
+      row_mul[h] = kScaledQuery ? query_scales[r] : 1.f;
       slope[h] = p.alibi_slopes && r < piece.rows ? __ldg(p.alibi_slopes + piece.head(r)) * kLog2e : 0.f;
     }
 
@@ -245,7 +268,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
 
     float o[kColumns][4] = {};
     float top[2] = {kNegInf, kNegInf}, sum[2] = {0.f, 0.f};
-    float unit = 1e-30f;  // quantised: o counts in this, the largest |V scale| so far
+    // quantised: o counts in unit / kWeight, the largest |V scale| so far being the unit
+    float unit = 1e-30f, weight = kWeight / unit;
 
     auto attend = [&](int slot, int key) {
       const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
@@ -259,8 +283,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
           ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, 2 * s + k_lane_chunk) * 16);
           if constexpr (!kQueryInRegisters) load_query(q[0], s);
           const auto& a = q[kQueryInRegisters ? s : 0];
-          mma_16816<T>(x[0], a, b[0], b[1]);
-          mma_16816<T>(x[1], a, b[2], b[3]);
+          mma_16816<C>(x[0], a, b[0], b[1]);
+          mma_16816<C>(x[1], a, b[2], b[3]);
         }
       } else {
 #pragma unroll
@@ -274,8 +298,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
               uint32_t b0, b1;
-              dequantize4<T, kKV, true>(b[2 * n + u], b0, b1);
-              mma_16816<T>(x[n], a, b0, b1);
+              dequantize4<C, kKV, true>(b[2 * n + u], b0, b1);
+              mma_16816<C>(x[n], a, b0, b1);
             }
           }
         }
@@ -284,11 +308,13 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       // ---- logits and the new maxima; element e of n-tile n: row g + 8 * (e / 2), key 8n + 2t + e % 2
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if constexpr (kQuantized) x[n][e] *= scales[8 * n + 2 * t + e % 2];
-          x[n][e] *= logit.mul;
+        float mul[2] = {logit.mul, logit.mul};
+        if constexpr (kQuantized) {
+          const float2 k_scale = *reinterpret_cast<const float2*>(scales + 8 * n + 2 * t);
+          mul[0] *= k_scale.x, mul[1] *= k_scale.y;
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[n][e] *= kScaledQuery ? mul[e % 2] * row_mul[e / 2] : mul[e % 2];
       }
       if (logit.cap > 0) {
 #pragma unroll
@@ -332,24 +358,25 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
         sum[h] = sum[h] * shrink[h] + part;
       }
       if constexpr (kQuantized) {
-        float v_scale[2][2], largest = unit;
+        float2 v_scale[2];
+        float largest = unit;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            v_scale[n][e] = scales[L::kKeys + 8 * n + 2 * t + e];
-            largest = fmaxf(largest, fabsf(v_scale[n][e]));
-          }
+          v_scale[n] = *reinterpret_cast<const float2*>(scales + L::kKeys + 8 * n + 2 * t);
+          largest = fmaxf(largest, fmaxf(fabsf(v_scale[n].x), fabsf(v_scale[n].y)));
         }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const float inv = 1.f / largest, units = largest == unit ? 1.f : unit * inv;
-        shrink[0] *= units, shrink[1] *= units;
-        unit = largest;
+        if (__any_sync(0xffffffffu, largest > unit)) {  // seldom, after the first blocks
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+          const float units = unit / largest;
+          shrink[0] *= units, shrink[1] *= units;
+          unit = largest;
+          weight = kWeight / unit;
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[n][e] *= v_scale[n][e % 2] * inv;
+          const float even = v_scale[n].x * weight, odd = v_scale[n].y * weight;
+          x[n][0] *= even, x[n][1] *= odd, x[n][2] *= even, x[n][3] *= odd;
         }
       }
       if (__any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f)) {
@@ -359,23 +386,23 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
           o[c][2] *= shrink[1], o[c][3] *= shrink[1];
         }
       }
-      const uint32_t a[4] = {pack2<T>(x[0][0], x[0][1]), pack2<T>(x[0][2], x[0][3]), pack2<T>(x[1][0], x[1][1]),
-                             pack2<T>(x[1][2], x[1][3])};
+      const uint32_t a[4] = {pack2<C>(x[0][0], x[0][1]), pack2<C>(x[0][2], x[0][3]), pack2<C>(x[1][0], x[1][1]),
+                             pack2<C>(x[1][2], x[1][3])};
 #pragma unroll
       for (int c = 0; c < L::kChunks; c += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, v_at + swizzle<L::kChunks>(v_lane_row, c + v_lane_chunk) * 16);
         if constexpr (!kQuantized) {
-          mma_16816<T>(o[c], a, b[0], b[1]);
-          mma_16816<T>(o[c + 1], a, b[2], b[3]);
+          mma_16816<C>(o[c], a, b[0], b[1]);
+          mma_16816<C>(o[c + 1], a, b[2], b[3]);
         } else {
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
             uint32_t even[2], odd[2];
-            dequantize4<T, kKV, false>(b[2 * u], even[0], odd[0]);
-            dequantize4<T, kKV, false>(b[2 * u + 1], even[1], odd[1]);
-            mma_16816<T>(o[2 * (c + u)], a, even[0], even[1]);
-            mma_16816<T>(o[2 * (c + u) + 1], a, odd[0], odd[1]);
+            dequantize4<C, kKV, false>(b[2 * u], even[0], odd[0]);
+            dequantize4<C, kKV, false>(b[2 * u + 1], even[1], odd[1]);
+            mma_16816<C>(o[2 * (c + u)], a, even[0], even[1]);
+            mma_16816<C>(o[2 * (c + u) + 1], a, odd[0], odd[1]);
           }
         }
       }
@@ -403,6 +430,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     }
     cp_async_wait<0>();
     __syncwarp();  // all lanes have read the last slot: the slots become the merge buffer
+    const float back = unit / kWeight;
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -419,8 +447,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       } else {
 #pragma unroll
         for (int c = 0; c < kColumns; c += 2)  // even and odd dimensions of 16
-          *reinterpret_cast<float4*>(row + 8 * c + 4 * t) = make_float4(
-              o[c][2 * h] * unit, o[c + 1][2 * h] * unit, o[c][2 * h + 1] * unit, o[c + 1][2 * h + 1] * unit);
+          *reinterpret_cast<float4*>(row + 8 * c + 4 * t) =
+              make_float4(o[c][2 * h] * back, o[c + 1][2 * h] * back, o[c][2 * h + 1] * back, o[c + 1][2 * h + 1] * back);
       }
     }
     __syncthreads();
