@@ -1,5 +1,5 @@
-// Host side of the split-KV plan (attention_plan.cuh has the scheme), the kernel that zeroes its counters, and the fill of
-// rows that see nothing.
+// Host side of the split-KV plan (attention_plan.cuh has the scheme), the kernel that zeroes its counters, and the fill
+// of rows that see nothing.
 #include <array>
 #include <mutex>
 

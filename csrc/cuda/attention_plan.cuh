@@ -3,20 +3,22 @@
 // Work is counted in units of kKeyTile keys of one item; an item is (sequence, KV head, tile of kRowTile query rows),
 // where the rows of a KV head are its (token, head in the GQA group) pairs, token-major. All units of the batch form
 // one line, ordered by sequence, head, row tile, key. The line is cut into one stretch for each CTA of a fixed grid:
-//   - planned (num_splits 0): even stretches. Items shorter than kWholeTiles are moved to one side of a cut whole. Where
-//     all items are equally long, up to 1/16 of the CTAs stay idle if that makes every stretch whole items, or every item
-//     a whole number of stretches: then no CTA starts a second item in its stretch, or none is merged at all. At most two pieces of a CTA's stretch are partial items, so the workspace has two slots a CTA whatever the batch.
+//   - planned (num_splits 0): even stretches. Items shorter than kWholeTiles are moved to one side of a cut whole.
+//   Where
+//     all items are equally long, up to 1/16 of the CTAs stay idle if that makes every stretch whole items, or every
+//     item a whole number of stretches: then nothing is merged at all, or no CTA starts a second item. At most two
+//     pieces of a CTA's stretch are partial items, so the workspace has two slots a CTA whatever the batch.
 //   - fixed (num_splits n): every item is cut into n even partitions, so that the bits of a sequence do not depend on
 //     the rest of the batch; the line is cut between partitions only. n = 1 is the one-pass version.
-// Every CTA computes its own two cuts when it starts, from seq_lens and query_len (a block-wide prefix sum: one round
-// trip to memory, where a plan kernel in front would cost a launch and a chain of them), so a CUDA graph can be replayed
-// with other lengths.
+// Every CTA computes its own two cuts when it starts, from seq_lens and query_len (a block-wide prefix sum, one round
+// trip to memory; a plan kernel in front would cost a launch and a chain of them), so a CUDA graph can be replayed with
+// other lengths.
 //
 // The CTA that completes an item (a counter of units that have arrived, zeroed by a small kernel in front, beside which
-// the attention kernel already runs on sm_90 and later) merges its partial results,
-// always in key order: the outcome does not depend on which CTA came last. Split-KV with a combine is Flash-Decoding
-// (Dao et al., 2023); an even cut of one line of work is stream-K (Osama et al., 2023, arXiv:2301.03598), which
-// FlashInfer (Ye et al., 2025, arXiv:2501.01005) uses for ragged attention.
+// the attention kernel already runs on sm_90 and later) merges its partial results, always in key order: the outcome
+// does not depend on which CTA came last. Split-KV with a combine is Flash-Decoding (Dao et al., 2023); an even cut of
+// one line of work is stream-K (Osama et al., 2023, arXiv:2301.03598), which FlashInfer (Ye et al., 2025,
+// arXiv:2501.01005) uses for ragged attention.
 #pragma once
 
 #include "attention_math.cuh"
@@ -282,7 +284,7 @@ struct Piece {
   }
   __device__ __forceinline__ int64_t part_slot(const Plan& plan, int i) const {
     if (plan.splits > 0) return index * plan.splits + i;
-    return 2 * int64_t(cut->first + i) + (i == 0);  // a CTA's stretch ends in the item's first part, and begins in others
+    return 2 * int64_t(cut->first + i) + (i == 0);  // of an item's CTAs only the first has it last in its stretch
   }
   __device__ __forceinline__ int64_t slot(const Plan& plan) const {
     return part_slot(plan, plan.splits > 0 ? part : int(blockIdx.x) - cut->first);

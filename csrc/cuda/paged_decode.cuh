@@ -36,7 +36,7 @@ struct DecodeLayout {
   static constexpr int kTileBytes = kKeys * kChunks * 16;  // K or V
   static constexpr int kScaleBytes = kKV == KVType::kSame ? 0 : 2 * kKeys * 4;
   static constexpr int kSlotBytes = 2 * kTileBytes + kScaleBytes;
-  // CTAs a multiprocessor: registers and shared memory are sized for so many. 8-bit caches need more instructions a byte,
+  // CTAs a multiprocessor that registers and shared memory are sized for. 8-bit caches need more instructions a byte,
   // so more warps to hide their latency.
   static constexpr int kResident = kElement == 1 && kDim <= 128 ? 3 : kDim <= 128 ? 2 : 1;
   static constexpr int kBudget = kResident == 3 ? 17408 : 24576;  // bytes a warp, for its slots
@@ -451,8 +451,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       } else {
 #pragma unroll
         for (int c = 0; c < kColumns; c += 2)  // even and odd dimensions of 16
-          *reinterpret_cast<float4*>(row + 8 * c + 4 * t) =
-              make_float4(o[c][2 * h] * back, o[c + 1][2 * h] * back, o[c][2 * h + 1] * back, o[c + 1][2 * h + 1] * back);
+          *reinterpret_cast<float4*>(row + 8 * c + 4 * t) = make_float4(
+              o[c][2 * h] * back, o[c + 1][2 * h] * back, o[c][2 * h + 1] * back, o[c + 1][2 * h + 1] * back);
       }
     }
     __syncthreads();
