@@ -39,6 +39,7 @@ Pair begin(const char* op, AttentionParams& p, const Tensor& query, const Tensor
   p.softcap = float(softcap);
   p.window = window >= kNoWindow ? 0 : int(window);
   p.causal = causal;
+  p.window_tiles = window_tiles(int(heads / std::max(1, p.num_kv_heads)), p.window, causal);
   p.out = out.mutable_data_ptr();
   p.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
   p.num_seqs = int(query_start.size(0));

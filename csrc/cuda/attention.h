@@ -32,6 +32,7 @@ struct AttentionParams {
   float scale, softcap;       // softcap 0: off
   int window;                 // 0: off
   bool causal;
+  int window_tiles;  // the most units (attention_plan.cuh) that a tile of rows can see through the window
 
   // In front of launch_prefill, rows that no sequence owns or that see no key hold 0 and -inf already; launch_decode
   // and launch_simt fill them themselves.

@@ -92,9 +92,10 @@ struct Logit {
 
   __device__ __forceinline__ explicit Logit(const AttentionParams& p)
       : mul(p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e), cap(p.softcap * kLog2e) {}
+  __device__ __forceinline__ float capped(float scaled) const { return cap * tanh_fast(scaled); }
   __device__ __forceinline__ float operator()(float qk) const {
     const float x = qk * mul;
-    return cap > 0 ? cap * tanh_fast(x) : x;
+    return cap > 0 ? capped(x) : x;
   }
 };
 

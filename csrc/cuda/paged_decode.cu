@@ -44,11 +44,8 @@ void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaSt
                 wide(p.v, p.v_stride_block, p.v_stride_t, p.v_stride_h);
   Plan plan;
   const Tensor workspace = make_plan(p, kDim, num_splits, config.ctas, like, plan);
-  launch_plan(p, plan, sizeof(T), stream);
-  const auto kernel = paged_decode_kernel<T, kKV, kDim>;
-  const int bytes = DecodeLayout<kKV, kDim>::bytes(config.warps);
-  kernel<<<plan.ctas, 32 * config.warps, bytes, stream>>>(p, plan, access);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_planned(paged_decode_kernel<T, kKV, kDim>, plan, 32 * config.warps,
+                 DecodeLayout<kKV, kDim>::bytes(config.warps), stream, p, plan, access);
 }
 
 }  // namespace

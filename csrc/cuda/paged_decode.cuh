@@ -11,8 +11,8 @@
 // 8-bit caches stay 8-bit in shared memory. ldmatrix moves pairs of bytes: for K a lane gets dimensions 4t .. 4t + 3 of
 // a key where the operand wants 2t, 2t + 1, 2t + 8, 2t + 9, so Q is stored with its dimensions permuted to match; for V
 // (.trans) it gets dimensions 2g, 2g + 1 of keys 2t, 2t + 1, which serve two n-tiles, the even and the odd dimensions.
-// Conversion to 16 bits is exact. The K scale multiplies the logit; the V scale multiplies P in float32, relative to
-// the largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
+// Conversion to fp16 is exact. The K scale multiplies the logit; the V scale multiplies P in float32, relative to the
+// largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
 //
 // Shared memory: kWarps x kStages x (16 K rows, 16 V rows, [16 K and 16 V scales]), then Q [16, kDim], then softmax
 // states. Rows are swizzled by 16-byte chunk, not padded. When a piece ends, a warp's slots hold its O [16, kDim + 8]
@@ -36,13 +36,19 @@ struct DecodeLayout {
   static constexpr int kTileBytes = kKeys * kChunks * 16;  // K or V
   static constexpr int kScaleBytes = kKV == KVType::kSame ? 0 : 2 * kKeys * 4;
   static constexpr int kSlotBytes = 2 * kTileBytes + kScaleBytes;
-  static constexpr int kStages = kSlotBytes * 6 <= 24576 ? 6 : kSlotBytes * 3 >= 24576 ? 3 : 24576 / kSlotBytes;
+  // CTAs a multiprocessor that registers and shared memory are sized for. 8-bit caches need more instructions a byte,
+  // so more warps to hide their latency.
+  static constexpr int kResident = kElement == 1 && kDim <= 128 ? 3 : kDim <= 128 ? 2 : 1;
+  static constexpr int kBudget = kResident == 3 ? 17408 : 24576;  // bytes a warp, for its slots
+  static constexpr int kStages = kSlotBytes * 6 <= kBudget ? 6 : kSlotBytes * 3 >= kBudget ? 3 : kBudget / kSlotBytes;
   static constexpr int kWarpBytes = kStages * kSlotBytes;
   static constexpr int kMergeStride = kDim + 8;  // floats; the 8 keep the lanes' stores on different banks
   static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
   static constexpr int kQueryBytes = kRowTile * kDim * 2;
 
-  static constexpr int bytes(int warps) { return warps * kWarpBytes + kQueryBytes + warps * 2 * kRowTile * 4 + 16; }
+  static constexpr int bytes(int warps) {
+    return warps * kWarpBytes + kQueryBytes + (2 * warps + 1) * kRowTile * 4 + 16 + int(sizeof(PlanScratch));
+  }
 };
 constexpr int kDecodeWarps = 4;
 
@@ -52,14 +58,13 @@ struct DecodeAccess {
   bool wide;         // cache rows may be read 16 bytes at a time (8-bit rows may be aligned to 8 only)
 };
 
-// kBytes-wide copies of 16 rows of K or V into a slot.
+// Copies of 16 rows of K or V into a slot, kBytes a piece; zeros for rows that are not valid and behind a row's end.
 template <int kChunks, int kBytes>
-__device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
-                                          int64_t row_stride, int row_bytes, uint32_t valid_rows) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < kChunks / 2; ++i) {
-    const int e = lane + 32 * i, r = e / kChunks, c = e % kChunks;
+__device__ __forceinline__ void copy_valid_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
+                                                int64_t row_stride, int row_bytes, uint32_t valid_rows) {
+#pragma unroll 1
+  for (int e = threadIdx.x % 32; e < 16 * kChunks; e += 32) {
+    const int r = e / kChunks, c = e % kChunks;
     const bool valid = (valid_rows >> r) & 1;
     const uint8_t* source = (r < 8 ? first : second) + (r & 7) * row_stride + c * 16;
     const uint32_t to = target + swizzle<kChunks>(r, c) * 16;
@@ -68,13 +73,45 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first,
   }
 }
 
+// The same where all of it is valid, as nearly every time: few instructions, a uniform step from row to row.
+template <int kChunks>
+__device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
+                                          int64_t row_stride) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (32 % kChunks == 0 && kChunks >= 4) {
+    constexpr int kRows = 32 / kChunks;  // a pass
+    const int r = lane / kChunks, c = lane % kChunks;
+    const int64_t from = r * row_stride + c * 16;
+    first += from, second += from;
+#pragma unroll
+    for (int i = 0; i < 8; i += kRows) {
+      const uint32_t to = target + swizzle<kChunks>(i + r, c) * 16;
+      cp_async<16>(to, first, true);
+      cp_async<16>(to + 8 * kChunks * 16, second, true);  // the swizzle repeats every 8 rows
+      first += kRows * row_stride, second += kRows * row_stride;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kChunks / 2; ++i) {
+      const int e = lane + 32 * i, r = e / kChunks, c = e % kChunks;
+      cp_async<16>(target + swizzle<kChunks>(r, c) * 16, (r < 8 ? first : second) + (r & 7) * row_stride + c * 16,
+                   true);
+    }
+  }
+}
+
 template <class T, KVType kKV, int kDim>
-__global__ void __launch_bounds__(32 * kDecodeWarps)
+__global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kResident)
     paged_decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                         const DecodeAccess access) {
   using L = DecodeLayout<kKV, kDim>;
   constexpr bool kQuantized = kKV != KVType::kSame;
-  constexpr bool kQueryInRegisters = kDim <= 128;
+  constexpr bool kQueryInRegisters = kQuantized ? kDim <= 64 : kDim <= 128;
+  // What the tensor cores compute in: fp16 for 8-bit caches whatever the query's type (conversion is cheaper, P keeps
+  // three more bits). A bfloat16 query's row is scaled to below 4 by a power of two, exactly as far as fp16 reaches.
+  using C = std::conditional_t<kQuantized, __half, T>;
+  constexpr bool kScaledQuery = !std::is_same_v<C, T>;
+  constexpr float kWeight = 256.f;    // 8-bit: P is times this, to keep small weights out of fp16's subnormal numbers
   constexpr int kSteps = kDim / 16;   // k-steps of Q K^T
   constexpr int kColumns = kDim / 8;  // n-tiles of P V
 
@@ -85,7 +122,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
   uint8_t* const query_tile = shared + warps * L::kWarpBytes;
   float* const tops = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
   float* const sums = tops + warps * kRowTile;
-  int* const flag = reinterpret_cast<int*>(sums + warps * kRowTile);
+  float* const query_scales = sums + warps * kRowTile;
+  int* const flag = reinterpret_cast<int*>(query_scales + kRowTile);
+  PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(flag + 4);
 
   const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
   const Logit logit(p);
@@ -95,7 +134,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
   const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
   const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
 
-  for_each_piece(p, plan, [&](const Piece& piece) {
+  for_each_piece(p, plan, scratch, sizeof(T), [&](const Piece& piece) {
     // ---- this warp's blocks of 16 keys
     const int begin = max(piece.key_begin, piece.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
     const int step = warps * L::kKeys;
@@ -104,11 +143,18 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + piece.kv_head * p.v_stride_h * L::kElement;
     uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
 
-    auto pages = [&](int key) {
-      int2 page;
-      page.x = block_of(p, piece.seq, key);
-      page.y = p.block_size >= L::kKeys ? page.x : block_of(p, piece.seq, key + 8);
-      return page;
+    // Pages of 16 of the warp's blocks at a time, one load ahead of their use and unchecked until then (a test beside
+    // the load would wait for it): lane l holds the page of block first + l % 16, of its keys 0 .. 7 or 8 .. 15.
+    const int* const table = p.block_tables + int64_t(piece.seq) * p.table_stride;
+    auto load_pages = [&](int first) {
+      const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
+      return key < piece.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
+    };
+    int page_ids = load_pages(0), next_ids = load_pages(16);
+    auto pages = [&](int block) {
+      auto usable_page = [&](int page) { return page >= 0 && page < p.num_blocks ? page : -1; };
+      return int2{usable_page(__shfl_sync(0xffffffffu, page_ids, block % 16)),
+                  usable_page(__shfl_sync(0xffffffffu, page_ids, 16 + block % 16))};
     };
     auto fill_slot = [&](int slot, int key, int2 page) {
       usable = (usable & ~(3u << (2 * slot))) | (uint32_t(page.x >= 0) | uint32_t(page.y >= 0) << 1) << (2 * slot);
@@ -119,15 +165,22 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       const int x = max(page.x, 0), y = max(page.y, 0);
       const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
       const uint8_t* const k0 = k_base + k_offset(p, x, key, 0) * L::kElement;
-      const uint8_t* const k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
       const uint8_t* const v0 = v_base + v_offset(p, x, key, 0) * L::kElement;
-      const uint8_t* const v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
-      if (!kQuantized || access.wide) {
-        copy_rows<L::kChunks, 16>(k_at, k0, k1, k_row, row_bytes, rows);
-        copy_rows<L::kChunks, 16>(v_at, v0, v1, v_row, row_bytes, rows);
+      const uint8_t *k1 = k0 + 8 * k_row, *v1 = v0 + 8 * v_row;
+      if (p.block_size < L::kKeys) {
+        k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
+        v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
+      }
+      const bool wide = !kQuantized || access.wide;
+      if (wide && rows == 0xffffu && row_bytes == L::kChunks * 16) {
+        copy_rows<L::kChunks>(k_at, k0, k1, k_row);
+        copy_rows<L::kChunks>(v_at, v0, v1, v_row);
+      } else if (wide) {
+        copy_valid_rows<L::kChunks, 16>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks, 16>(v_at, v0, v1, v_row, row_bytes, rows);
       } else {
-        copy_rows<L::kChunks, 8>(k_at, k0, k1, k_row, row_bytes, rows);
-        copy_rows<L::kChunks, 8>(v_at, v0, v1, v_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks, 8>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks, 8>(v_at, v0, v1, v_row, row_bytes, rows);
       }
       if constexpr (kQuantized) {
         const int r = lane % 16;
@@ -137,26 +190,57 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       }
     };
 
-    // ---- fill the pipeline, then read Q while those copies fly
+    // ---- Q's rows, every warps-th one to this warp: four loads of each lane fly while the pipeline is filled
+    constexpr int kWords = (kDim / 2 + 31) / 32;
+    uint32_t words[4][kWords];
+    auto read_query = [&](int r, uint32_t (&out)[kWords]) {
+      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
+      const uint16_t* const q =
+          static_cast<const uint16_t*>(p.q) + max(row, int64_t(0)) * p.q_stride_t + piece.head(r) * p.q_stride_h;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int pair = lane + 32 * i;
+        out[i] = 0;
+        if (row < 0 || 2 * pair >= p.head_dim) continue;
+        out[i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
+                                    : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
+      }
+    };
+    auto store_query = [&](int r, uint32_t (&in)[kWords]) {
+      if constexpr (kScaledQuery) {
+        auto low = [](uint32_t w) { return __uint_as_float(w << 16); };
+        auto high = [](uint32_t w) { return __uint_as_float(w & 0xffff0000u); };
+        float largest = 0.f;
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) largest = fmaxf(largest, fmaxf(fabsf(low(in[i])), fabsf(high(in[i]))));
+        for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
+        const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
+        const float scale = __uint_as_float((254 - exponent) << 23);
+        if (r < kRowTile && lane == 0) query_scales[r] = __uint_as_float(exponent << 23);
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) in[i] = pack2<C>(low(in[i]) * scale, high(in[i]) * scale);
+      }
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int pair = lane + 32 * i;
+        if (r >= kRowTile || 2 * pair >= kDim) continue;
+        const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
+        *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = in[i];
+      }
+    };
+#pragma unroll
+    for (int u = 0; u < 4; ++u) read_query(warp + u * warps, words[u]);
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) {
-      if (i < blocks) fill_slot(i, begin + i * step, pages(begin + i * step));
+      if (i < blocks) fill_slot(i, begin + i * step, pages(i));
       cp_async_commit();
     }
-    int2 next_page = pages(begin + (L::kStages - 1) * step);  // read one block ahead of its use
-
-    for (int i = threadIdx.x; i < kRowTile * (kDim / 2); i += blockDim.x) {
-      const int r = i / (kDim / 2), pair = i % (kDim / 2);
-      uint32_t value = 0;
-      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
-      if (row >= 0 && 2 * pair < p.head_dim) {
-        const uint16_t* q =
-            static_cast<const uint16_t*>(p.q) + row * p.q_stride_t + piece.head(r) * p.q_stride_h + 2 * pair;
-        value = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q))
-                                   : uint32_t(__ldg(q)) | uint32_t(__ldg(q + 1)) << 16;
-      }
-      const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
-      *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = value;
+#pragma unroll
+    for (int u = 0; u < 4; ++u) store_query(warp + u * warps, words[u]);
+#pragma unroll 1
+    for (int r = warp + 4 * warps; r < kRowTile; r += warps) {  // fewer than four warps
+      read_query(r, words[0]);
+      store_query(r, words[0]);
     }
     __syncthreads();
 
@@ -172,18 +256,24 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     // ---- this lane's two rows, g and g + 8
     KeyRange seen[2];
     int position[2];
-    float slope[2];
+    float slope[2], row_mul[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = g + 8 * h;
       position[h] = piece.position(r);
       seen[h] = r < piece.rows ? visible_keys(p, position[h], piece.keys) : KeyRange{0, 0};
+      row_mul[h] = kScaledQuery ? query_scales[r] : 1.f;
       slope[h] = p.alibi_slopes && r < piece.rows ? __ldg(p.alibi_slopes + piece.head(r)) * kLog2e : 0.f;
     }
 
+    // Keys that all of the piece's rows see. Rows that pad the tile then see them, too: their results go nowhere.
+    const int all_lo = visible_keys(p, piece.position(piece.rows - 1), piece.keys).lo;
+    const int all_hi = visible_keys(p, piece.position(0), piece.keys).hi;
+
     float o[kColumns][4] = {};
     float top[2] = {kNegInf, kNegInf}, sum[2] = {0.f, 0.f};
-    float unit = 1e-30f;  // quantised: o counts in this, the largest |V scale| so far
+    // quantised: o counts in unit / kWeight, the largest |V scale| so far being the unit
+    float unit = 1e-30f, weight = kWeight / unit;
 
     auto attend = [&](int slot, int key) {
       const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
@@ -197,8 +287,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
           ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, 2 * s + k_lane_chunk) * 16);
           if constexpr (!kQueryInRegisters) load_query(q[0], s);
           const auto& a = q[kQueryInRegisters ? s : 0];
-          mma_16816<T>(x[0], a, b[0], b[1]);
-          mma_16816<T>(x[1], a, b[2], b[3]);
+          mma_16816<C>(x[0], a, b[0], b[1]);
+          mma_16816<C>(x[1], a, b[2], b[3]);
         }
       } else {
 #pragma unroll
@@ -212,30 +302,49 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
               uint32_t b0, b1;
-              dequantize4<T, kKV, true>(b[2 * n + u], b0, b1);
-              mma_16816<T>(x[n], a, b0, b1);
+              dequantize4<C, kKV, true>(b[2 * n + u], b0, b1);
+              mma_16816<C>(x[n], a, b0, b1);
             }
           }
         }
       }
 
       // ---- logits and the new maxima; element e of n-tile n: row g + 8 * (e / 2), key 8n + 2t + e % 2
-      float tile_top[2] = {kNegInf, kNegInf};
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const bool usable_half = (usable >> (2 * slot + n)) & 1;
+        float mul[2] = {logit.mul, logit.mul};
+        if constexpr (kQuantized) {
+          const float2 k_scale = *reinterpret_cast<const float2*>(scales + 8 * n + 2 * t);
+          mul[0] *= k_scale.x, mul[1] *= k_scale.y;
+        }
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int column = 8 * n + 2 * t + e % 2, h = e / 2, pos = key + column;
-          float value = x[n][e];
-          if constexpr (kQuantized) value *= scales[column];
-          value = logit(value) + slope[h] * float(pos - position[h]);
-          // no test against key_end: it is a multiple of 16, or nothing is visible from there on
-          const bool visible = usable_half && pos >= seen[h].lo && pos < seen[h].hi;
-          x[n][e] = visible ? value : kNegInf;
-          tile_top[h] = fmaxf(tile_top[h], x[n][e]);
+        for (int e = 0; e < 4; ++e) x[n][e] *= kScaledQuery ? mul[e % 2] * row_mul[e / 2] : mul[e % 2];
+      }
+      if (logit.cap > 0) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = logit.capped(x[i / 4][i % 4]);
+      }
+      if (p.alibi_slopes) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int h = i % 4 / 2, pos = key + 8 * (i / 4) + 2 * t + i % 2;
+          x[i / 4][i % 4] += slope[h] * float(pos - position[h]);
         }
       }
+      const uint32_t usable_halves = (usable >> (2 * slot)) & 3;
+      if (usable_halves != 3 || key < all_lo || key + L::kKeys > all_hi) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int n = i / 4, h = i % 4 / 2, pos = key + 8 * n + 2 * t + i % 2;
+          // no test against key_end: it is a multiple of 16, or nothing is visible from there on
+          const bool visible = (usable_halves >> n) & 1 && pos >= seen[h].lo && pos < seen[h].hi;
+          if (!visible) x[n][i % 4] = kNegInf;
+        }
+      }
+      float tile_top[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        tile_top[h] = fmaxf(fmaxf(x[0][2 * h], x[0][2 * h + 1]), fmaxf(x[1][2 * h], x[1][2 * h + 1]));
       float shrink[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -253,24 +362,25 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
         sum[h] = sum[h] * shrink[h] + part;
       }
       if constexpr (kQuantized) {
-        float v_scale[2][2], largest = unit;
+        float2 v_scale[2];
+        float largest = unit;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            v_scale[n][e] = scales[L::kKeys + 8 * n + 2 * t + e];
-            largest = fmaxf(largest, fabsf(v_scale[n][e]));
-          }
+          v_scale[n] = *reinterpret_cast<const float2*>(scales + L::kKeys + 8 * n + 2 * t);
+          largest = fmaxf(largest, fmaxf(fabsf(v_scale[n].x), fabsf(v_scale[n].y)));
         }
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const float inv = 1.f / largest, units = largest == unit ? 1.f : unit * inv;
-        shrink[0] *= units, shrink[1] *= units;
-        unit = largest;
+        if (__any_sync(0xffffffffu, largest > unit)) {  // seldom, after the first blocks
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
+          const float units = unit / largest;
+          shrink[0] *= units, shrink[1] *= units;
+          unit = largest;
+          weight = kWeight / unit;
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) x[n][e] *= v_scale[n][e % 2] * inv;
+          const float even = v_scale[n].x * weight, odd = v_scale[n].y * weight;
+          x[n][0] *= even, x[n][1] *= odd, x[n][2] *= even, x[n][3] *= odd;
         }
       }
       if (__any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f)) {
@@ -280,23 +390,23 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
           o[c][2] *= shrink[1], o[c][3] *= shrink[1];
         }
       }
-      const uint32_t a[4] = {pack2<T>(x[0][0], x[0][1]), pack2<T>(x[0][2], x[0][3]), pack2<T>(x[1][0], x[1][1]),
-                             pack2<T>(x[1][2], x[1][3])};
+      const uint32_t a[4] = {pack2<C>(x[0][0], x[0][1]), pack2<C>(x[0][2], x[0][3]), pack2<C>(x[1][0], x[1][1]),
+                             pack2<C>(x[1][2], x[1][3])};
 #pragma unroll
       for (int c = 0; c < L::kChunks; c += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, v_at + swizzle<L::kChunks>(v_lane_row, c + v_lane_chunk) * 16);
         if constexpr (!kQuantized) {
-          mma_16816<T>(o[c], a, b[0], b[1]);
-          mma_16816<T>(o[c + 1], a, b[2], b[3]);
+          mma_16816<C>(o[c], a, b[0], b[1]);
+          mma_16816<C>(o[c + 1], a, b[2], b[3]);
         } else {
 #pragma unroll
           for (int u = 0; u < 2; ++u) {
             uint32_t even[2], odd[2];
-            dequantize4<T, kKV, false>(b[2 * u], even[0], odd[0]);
-            dequantize4<T, kKV, false>(b[2 * u + 1], even[1], odd[1]);
-            mma_16816<T>(o[2 * (c + u)], a, even[0], even[1]);
-            mma_16816<T>(o[2 * (c + u) + 1], a, odd[0], odd[1]);
+            dequantize4<C, kKV, false>(b[2 * u], even[0], odd[0]);
+            dequantize4<C, kKV, false>(b[2 * u + 1], even[1], odd[1]);
+            mma_16816<C>(o[2 * (c + u)], a, even[0], even[1]);
+            mma_16816<C>(o[2 * (c + u) + 1], a, odd[0], odd[1]);
           }
         }
       }
@@ -311,9 +421,11 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
       __syncwarp();
       const int ahead = i + L::kStages - 1;
       if (ahead < blocks) {
-        const int2 page = next_page;
-        next_page = pages(begin + (ahead + 1) * step);
-        fill_slot(free_slot, begin + ahead * step, page);
+        if (ahead % 16 == 0) {
+          page_ids = next_ids;
+          next_ids = load_pages(ahead + 16);
+        }
+        fill_slot(free_slot, begin + ahead * step, pages(ahead));
       }
       cp_async_commit();
       attend(slot, begin + i * step);
@@ -322,6 +434,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
     }
     cp_async_wait<0>();
     __syncwarp();  // all lanes have read the last slot: the slots become the merge buffer
+    const float back = unit / kWeight;
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -339,7 +452,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps)
 #pragma unroll
         for (int c = 0; c < kColumns; c += 2)  // even and odd dimensions of 16
           *reinterpret_cast<float4*>(row + 8 * c + 4 * t) = make_float4(
-              o[c][2 * h] * unit, o[c + 1][2 * h] * unit, o[c][2 * h + 1] * unit, o[c + 1][2 * h + 1] * unit);
+              o[c][2 * h] * back, o[c + 1][2 * h] * back, o[c][2 * h + 1] * back, o[c + 1][2 * h + 1] * back);
       }
     }
     __syncthreads();

@@ -23,9 +23,7 @@ void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaSt
   const bool vectors = reinterpret_cast<uintptr_t>(p.q) % 16 == 0 && (p.q_stride_t | p.q_stride_h) % 4 == 0;
   Plan plan;
   const Tensor workspace = make_plan(p, kDim, num_splits, ctas, like, plan);
-  launch_plan(p, plan, sizeof(float), stream);
-  kernel<<<plan.ctas, kSimtThreads, kBytes, stream>>>(p, plan, vectors);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_planned(kernel, plan, kSimtThreads, kBytes, stream, p, plan, vectors);
 }
 
 template <KVType kKV>

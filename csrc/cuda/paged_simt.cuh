@@ -30,6 +30,7 @@ struct SimtLayout {
   float k_scale[kKeyTile], v_scale[kKeyTile];
   float top[kRowTile], sum[kRowTile], shrink[kRowTile];
   int flag;
+  PlanScratch plan;
 };
 
 template <KVType kKV, int kDim>
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kSimtThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool paged = p.block_tables != nullptr;
 
-  for_each_piece(p, plan, [&](const Piece& piece) {
+  for_each_piece(p, plan, s.plan, 4, [&](const Piece& piece) {
     for (int i = threadIdx.x; i < kRowTile * kColumns; i += kSimtThreads) {
       const int r = i / kColumns, col = i % kColumns * 4;
       float4 value = make_float4(0.f, 0.f, 0.f, 0.f);

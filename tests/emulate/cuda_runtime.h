@@ -118,6 +118,24 @@ struct DeviceGuard {
 
 }  // namespace emulate
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
 inline cudaError_t cudaGetLastError() { return emulate::last_error(); }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -140,6 +158,16 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
   return emulate::set_max_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
+  return *attributes = {80}, cudaSuccess;  // too old for launches that overlap
+}
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... args) {
+  emulate::launch("kernel", __PRETTY_FUNCTION__, kernel,
+                  emulate::Config(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream), std::forward<A>(args)...);
+  return emulate::last_error();
 }
 template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int, size_t) {
@@ -349,6 +377,9 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   y = exp2f(x);
   y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
 }
+
+inline void griddepcontrol_wait() {}
+inline void griddepcontrol_launch_dependents() {}
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {
