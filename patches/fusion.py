@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import checks, linear, match, mlp, norm, residual, rotary
+from . import checks, layer, linear, match, mlp, norm, residual, rotary
 from .checks import UnsupportedModelError
 from .log import PatchLog
 
@@ -53,6 +53,7 @@ def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog, stock: Ten
         recipe.apply(model, config, fusions)
     with rotary.learning(model, fusions):
         probe(model)
+    layer.apply(model, config, fusions)
     # Roundings go different ways in every layer; a wrong fusion is off by far more than this.
     error, limit = match.relative_error(probe(model), stock), max(1e-4, 32 * torch.finfo(stock.dtype).eps)
     if error > limit:

@@ -24,7 +24,8 @@ _LAYOUTS = (
     ("gate_up_proj", "gate_up_proj", "down_proj"),
 )
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
-_GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+#: activation -> the name of its op and the op
+GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": ("silu_and_mul", ops.silu_and_mul),
     "gelu": ("gelu_and_mul", ops.gelu_and_mul),
     "gelu_tanh": ("gelu_and_mul", lambda gate, up: ops.gelu_and_mul(gate, up, approximate="tanh")),
@@ -38,10 +39,10 @@ class GatedMLPSpec:
     gate: str
     up: str
     down: str
-    activation: str  # a key of _GATED
+    activation: str  # a key of GATED
 
 
-def _gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     x = match.first_argument(args, kwargs)
     spec: GatedMLPSpec = vars(self)["_pagedkv_mlp"]
     gate, up = getattr(self, spec.gate), getattr(self, spec.up)
@@ -50,18 +51,23 @@ def _gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     fused = vars(self).get("_pagedkv_gate_up")
     if gate is up:
         gate_states, up_states = gate(x).chunk(2, -1)
-    elif fused is not None and fused.is_current() and not (match.has_hooks(gate) or match.has_hooks(up)):
+    elif (
+        fused is not None
+        and fused.parts == (gate, up)  # an adapter may have taken their places
+        and fused.is_current()
+        and not (match.has_hooks(gate) or match.has_hooks(up))
+    ):
         gate_states, up_states = fused(x)
     else:
         gate_states, up_states = gate(x), up(x)
-    return getattr(self, spec.down)(_GATED[spec.activation][1](gate_states, up_states))
+    return getattr(self, spec.down)(GATED[spec.activation][1](gate_states, up_states))
 
 
 @torch.no_grad()
 def _activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
     """The name of an activation, found by its values."""
     x = torch.linspace(-9, 9, 361)
-    for name in _GATED:
+    for name in GATED:
         try:
             y = function(x)
         except Exception:
@@ -117,15 +123,14 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
             continue
         scratch = PatchLog()
         scratch.set_attribute(module, "_pagedkv_mlp", spec)
-        scratch.bind(module, "forward", _gated_forward)
+        scratch.bind(module, "forward", gated_forward)
         if not _reproduces(module, gate.in_features, weight):
             scratch.undo()
             log.kept(name, "mlp", "the fused forward does not reproduce its numbers")
             continue
         log.absorb(scratch)
-        log.runs(name, "mlp", _GATED[spec.activation][0])
-        if gate is not up and linear.wanted(config, weight):
-            fused = linear.FusedLinear.of((gate, up), log)
+        log.runs(name, "mlp", GATED[spec.activation][0])
+        if gate is not up:
+            fused = linear.fuse((gate, up), config, log, f"{name}.{spec.gate}+{spec.up}")
             if fused is not None:
                 log.set_attribute(module, "_pagedkv_gate_up", fused)
-                log.runs(f"{name}.{spec.gate}+{spec.up}", "linear", "fused projection")
