@@ -3,8 +3,8 @@ add and norm, gated MLP, add.
 
 At a decoding step of a small model the modules' calls, attribute look-ups and views cost as much as the kernels. Where
 the text of a layer's and of its attention's forward is of the form below, and every module in it does what its patch or
-class says, a paged step runs the same ops straight behind each other. What is not of a known kind (a mixture of experts,
-an adapter) is called as the module that it is.
+class says, a paged step runs the same ops straight behind each other. What is not of a known kind (a mixture of
+experts, an adapter) is called as the module that it is.
 
 Anything that could see the difference brings the modules' own calls back: a hook, another child or forward than at the
 time of patching, training, autocast, a recorded pass, a compiled one (the compiler removes these costs itself).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,14 +28,33 @@ from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
 
 from ..kv.cache import PagedCache
-from ..quant.linear import Int4Linear
+from ..quant.linear import Int4Linear, Joint
 from . import linear, match, mlp, norm, rotary
 from .log import PatchLog
 
 if TYPE_CHECKING:
     from ..config import PagedConfig
 
+
+def _direct(op: Any) -> Callable[..., Any]:
+    """An op's overload without the Python frame around it."""
+    return getattr(op, "_op", op)
+
+
 _ops = torch.ops.torch_pagedkv
+_rms_norm = _direct(_ops.rms_norm.default)
+_add_rms_norm = _direct(_ops.add_rms_norm.default)
+_few_linear = _direct(_ops.linear.default)
+_int4_linear = _direct(_ops.int4_linear.default)
+_rotary_and_cache = _direct(_ops.rotary_and_cache.default)
+_paged_attention = _direct(_ops.paged_attention.default)
+_gelu_and_mul = _direct(_ops.gelu_and_mul.default)
+#: activation of a gated MLP -> (gate, up) -> product
+_GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": _direct(_ops.silu_and_mul.default),
+    "gelu": lambda gate, up: _gelu_and_mul(gate, up, "none"),
+    "gelu_tanh": lambda gate, up: _gelu_and_mul(gate, up, "tanh"),
+}
 
 #: the layer's forward, statement by statement; the bracketed ones may be missing
 _LAYER = re.compile(
@@ -115,13 +135,13 @@ def _norm(module: nn.Module) -> _Step:
     if spec is None or not match.runs(module, norm.rms_forward):
         return lambda x, few: module(x)
     parameters, eps, offset, early = module._parameters, spec.eps, spec.weight_offset, spec.round_before_weight
-    return lambda x, few: _ops.rms_norm.default(x, parameters["weight"], eps, offset, early)
+    return lambda x, few: _rms_norm(x, parameters["weight"], eps, offset, early)
 
 
 def _linear(module: nn.Module) -> Callable[..., Tensor]:
     """x, few, residual=None -> y"""
     if type(module) is Int4Linear and _is_packed(module):
-        op = _ops.int4_linear.default
+        op = _int4_linear
         buffers, run, inputs = module._buffers, module.run, module.in_features
         tensors = itemgetter("packed", "scales", "zeros", "offsets", "perm", "bias")
         return lambda x, few, residual=None: op(x, *tensors(buffers), residual, run, inputs)
@@ -144,11 +164,21 @@ def _is_packed(module: Int4Linear) -> bool:
 def _plain(module: nn.Linear) -> _Step:
     parameters: Any = module._parameters
     if match.runs(module, linear.few_rows_forward):
-        op = _ops.linear.default
-        return lambda x, few: (op if few else F.linear)(x, parameters["weight"], parameters["bias"])
+        return lambda x, few: (_few_linear if few else F.linear)(x, parameters["weight"], parameters["bias"])
     if match.runs(module, None):
         return lambda x, few: F.linear(x, parameters["weight"], parameters["bias"])
     return lambda x, few: module(x)
+
+
+def _joint(fused: Any) -> Callable[[Tensor], Tensor] | None:
+    """The product of 4-bit projections in one, if they are that. (Whether it is current is asked before each call.)"""
+    if not isinstance(fused, linear.FusedInt4) or not fused.is_current():
+        return None
+    joint: Joint = fused.joint
+    bias = joint.buffers["bias"]
+    if bias is not None and bias.dtype != joint.parts[0].like.dtype:
+        return joint
+    return lambda x: _int4_linear(x, *joint.operands(), None, joint.run, joint.in_features)
 
 
 def _known(module: nn.Module) -> nn.Module:
@@ -170,16 +200,18 @@ class _Heads:
         shared, _ = vars(parts[0]).get("_pagedkv_part", (None, 0))
         self.size = int(module.head_dim)  # type: ignore[arg-type]
         self.fused = shared.fused if shared is not None and shared.fused.parts == tuple(parts) else None
+        self.joint = _joint(self.fused)
         self.steps = [_linear(part) for part in parts]
         self.counts = [int(part.out_features) // self.size for part in parts]  # type: ignore[arg-type]
+        self.total = sum(self.counts)
         norms = [names["q_norm"] or names["late_q_norm"], names["k_norm"] or names["late_k_norm"]]
         self.norms = [None if n is None else _norm(_known(module.get_submodule(n))) for n in norms]
 
     def __call__(self, x: Tensor, few: bool) -> tuple[Tensor, Tensor, Tensor]:
         fused, size = self.fused, self.size
         if fused is not None and fused.is_current():
-            if isinstance(fused, linear.FusedInt4):
-                q, k, v = fused.joint(x).view(-1, sum(self.counts), size).split_with_sizes(self.counts, 1)
+            if self.joint is not None:
+                q, k, v = self.joint(x).view(-1, self.total, size).split_with_sizes(self.counts, 1)
             else:
                 q, k, v = (y.view(-1, n, size) for y, n in zip(fused(x), self.counts))
         else:
@@ -218,10 +250,10 @@ class _Attention:
         cos, sin = binding.angles(*position, batch, convention, cache.rotary_angles)
         key_cache, value_cache, k_scale, v_scale, step, _ = cache.layer(self.index)
         q, k, v = self.heads(x, few)
-        _ops.rotary_and_cache.default(
+        _rotary_and_cache(
             q, k, v, cos, sin, key_cache, value_cache, step.slot_mapping, convention.interleaved, k_scale, v_scale
         )
-        y, _ = _ops.paged_attention.default(
+        y, _ = _paged_attention(
             q,
             key_cache,
             value_cache,
@@ -250,14 +282,15 @@ class _GatedMLP:
         gate, up = module.get_submodule(spec.gate), module.get_submodule(spec.up)
         fused = vars(module).get("_pagedkv_gate_up")
         self.fused = fused if fused is not None and fused.parts == (gate, up) else None
+        self.joint = _joint(self.fused)
         self.steps = [_linear(gate)] if gate is up else [_linear(gate), _linear(up)]
-        self.act = mlp.GATED[spec.activation][1]
+        self.act = _GATED[spec.activation]
         self.down = _linear(module.get_submodule(spec.down))
 
     def __call__(self, x: Tensor, few: bool, residual: Tensor | None) -> Tensor:
         fused, steps = self.fused, self.steps
         if fused is not None and fused.is_current():
-            gate, up = fused(x)
+            gate, up = fused(x) if self.joint is None else self.joint(x).split_with_sizes(fused.sizes, -1)
         elif len(steps) == 1:
             gate, up = steps[0](x, few).chunk(2, -1)
         else:
@@ -298,27 +331,29 @@ class Straight:
 
         # what is not called as a module here; of the others only their being there counts
         own = [attn, *([inner] if spec is not None else [])]
-        self.owners = [(owner._modules, dict(owner._modules)) for owner in (layer, *own)]
+        self.children = [owner._modules for owner in (layer, *own)]
+        self.children_before = [dict(each) for each in self.children]
         inlined = {id(m): m for m in (*own, *(child for owner in (layer, *own) for child in owner.children()))}
         if spec is None:
             del inlined[id(inner)]
-        self.inlined = [(m, type(m), vars(m).get("forward")) for m in inlined.values()]
+        self.inlined = list(inlined.values())
+        self.classes = [m.__class__ for m in self.inlined]
+        self.namespaces = [vars(m) for m in self.inlined]
+        self.forwards = [names.get("forward") for names in self.namespaces]
         self.hooks = [
             hooks
-            for m, _, _ in self.inlined
+            for m in self.inlined
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
         self.hooks += _EVERYWHERE
 
     def is_intact(self) -> bool:
         """Whether the layer still consists of the modules that it was made from."""
-        for modules, before in self.owners:
-            if modules != before:
-                return False
-        for module, cls, forward in self.inlined:  # noqa: SIM110
-            if module.__class__ is not cls or module.__dict__.get("forward") is not forward:
-                return False
-        return True
+        return (
+            all(map(operator.eq, self.children, self.children_before))
+            and [m.__class__ for m in self.inlined] == self.classes
+            and [names.get("forward") for names in self.namespaces] == self.forwards
+        )
 
     def is_hooked(self) -> bool:
         """Whether somebody would see the calls that are left out."""
@@ -335,7 +370,7 @@ class Straight:
             y = self.mlp_norm(x)
         else:
             weight = self.mlp_norm._parameters["weight"]
-            y, x = _ops.add_rms_norm.default(y, x, weight, spec.eps, spec.weight_offset, spec.round_before_weight)
+            y, x = _add_rms_norm(y, x, weight, spec.eps, spec.weight_offset, spec.round_before_weight)
         if not self.is_gated:
             y = self.mlp(y)
         elif self.out_norm is None:
@@ -379,18 +414,22 @@ class Plan:
     def __reduce__(self) -> tuple[Any, ...]:
         return Plan, (self.names,)
 
-    def straight(self, layer: nn.Module, cache: PagedCache) -> Straight | None:
-        """The function for this layer, if there is one."""
+    def straight(self, layer: nn.Module, cache: PagedCache, dtype: torch.dtype) -> Straight | None:
+        """The function for this layer and hidden states of this dtype, if there is one."""
         now = self.now
-        if now is not None and now.is_intact():
+        if now is not None and now.dtype == dtype and now.is_intact():
             return now
         if self.refused == id(cache):
             return None
         try:
-            self.now = Straight(layer, self.names)
-        except (ValueError, AttributeError, KeyError):
-            self.now, self.refused = None, id(cache)
-        return self.now
+            now = Straight(layer, self.names)
+            if now.dtype == dtype == cache.manager.dtype:
+                self.now = now
+                return now
+        except (ValueError, AttributeError, KeyError):  # it is of another form by now
+            pass
+        self.now, self.refused = None, id(cache)
+        return None
 
 
 def _forward(
@@ -411,13 +450,12 @@ def _forward(
         and not self.training
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(hidden_states.device.type)
-        and not (kwargs and kwargs.keys() & _SEEN)
+        and _SEEN.isdisjoint(kwargs)
         and past_key_values.manager.specs[0].value_dim is None
     ):
-        straight = plan.straight(self, past_key_values)
-        if straight is not None and hidden_states.dtype == straight.dtype == past_key_values.manager.dtype:
-            if not straight.is_hooked():
-                return straight(hidden_states, position_embeddings, past_key_values)
+        straight = plan.straight(self, past_key_values, hidden_states.dtype)
+        if straight is not None and not straight.is_hooked():
+            return straight(hidden_states, position_embeddings, past_key_values)
     if past_key_values is not None:
         kwargs["past_key_values"] = past_key_values
     if position_embeddings is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -218,15 +219,18 @@ class Joint:
                         part._buffers[name] = view
         for part in self.parts:
             part._buffers["perm"] = first.perm
-        self._seen = [(part._buffers, name, part._buffers[name]) for part in self.parts for name in (*_JOINED, "perm")]
+        self._watch()
         return ""
+
+    def _watch(self) -> None:
+        places = [(part._buffers, name) for part in self.parts for name in (*_JOINED, "perm")]
+        # an optional tensor comes or goes with the others, but for a bias
+        self._places = [(b, name) for b, name in places if b[name] is not None or name == "bias"]
+        self._tensors = [b[name] for b, name in self._places]
 
     def is_current(self) -> bool:
         """False once a layer's tensors were replaced (`.to()`, for example): then `join` again."""
-        for buffers, name, tensor in self._seen:  # noqa: SIM110  (the loop is faster)
-            if buffers.get(name) is not tensor:
-                return False
-        return True
+        return all(map(operator.is_, [b.get(name) for b, name in self._places], self._tensors))
 
     def separate(self) -> None:
         """Gives each layer tensors of its own again."""
@@ -265,15 +269,18 @@ class Joint:
             return f"their outputs are not multiples of {BLOCK}"
         return ""
 
+    def operands(self) -> tuple[Any, ...]:
+        """packed, scales, zeros, offsets, perm and bias as `ops.int4_linear` takes them."""
+        whole = self.buffers
+        return whole["packed"], whole["scales"], whole["zeros"], whole["offsets"], whole["perm"], whole["bias"]
+
     def __call__(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N] of all parts, without a gradient."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        whole: Any = self.buffers
-        bias: Tensor | None = whole["bias"]
+        *weight, bias = self.operands()
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        weight = (whole["packed"], whole["scales"], whole["zeros"], whole["offsets"], whole["perm"])
         return _linear(x, *weight, bias, self.run, self.in_features)
 
 
