@@ -469,6 +469,8 @@ def _forward(
 def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
     """Bind the straight forward to every decoder layer of the form. Norms, MLPs, projections and rotary embeddings have
     to be patched, and the rotary embeddings' conventions learned."""
+    if not config.fuse_layers:
+        return
     for name, module in match.modules_of(model):
         names = _names(_LAYER, type(module)) if hasattr(type(module), "forward") else None
         if names is None or not {"past_key_values", "position_embeddings"} <= _given(names):
