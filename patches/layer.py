@@ -385,7 +385,7 @@ class Straight:
 def _watches(hook: Any) -> bool:
     """False for the hooks that transformers leaves behind when it once recorded outputs, while it does not."""
     idle = getattr(hook, "__qualname__", "").startswith("install_output_capuring_hook")
-    return not idle or output_capturing._active_collector.get() is not None
+    return not idle or bool(output_capturing._active_collector.get())
 
 
 def _attention_names(module: nn.Module) -> dict[str, Any] | None:

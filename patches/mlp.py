@@ -34,11 +34,12 @@ GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 @dataclass(frozen=True)
 class GatedMLPSpec:
-    """Which children a gated MLP has and which activation."""
+    """Which children a gated MLP has, the attribute that is its activation, and which one that is."""
 
     gate: str
     up: str
     down: str
+    act: str
     activation: str  # a key of GATED
 
 
@@ -46,7 +47,8 @@ def gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     x = match.first_argument(args, kwargs)
     spec: GatedMLPSpec = vars(self)["_pagedkv_mlp"]
     gate, up = getattr(self, spec.gate), getattr(self, spec.up)
-    if match.wants_grad(x, match.weight_like(gate)):
+    act = self._modules.get(spec.act)
+    if match.wants_grad(x, match.weight_like(gate)) or (act is not None and match.has_hooks(act)):
         return type(self).forward(self, x)
     fused = vars(self).get("_pagedkv_gate_up")
     if gate is up:
@@ -85,7 +87,7 @@ def _spec(module: nn.Module) -> GatedMLPSpec | None:
     for gate, up, down in _LAYOUTS:
         if {gate, up, down} == {n for n in children if n != activation_name}:
             activation = _activation_of(getattr(module, activation_name))
-            return None if activation is None else GatedMLPSpec(gate, up, down, activation)
+            return None if activation is None else GatedMLPSpec(gate, up, down, activation_name, activation)
     return None
 
 
