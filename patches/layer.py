@@ -158,7 +158,8 @@ def _is_packed(module: Int4Linear) -> bool:
     """Whether its buffers are the op's arguments as they are."""
     stock = match.runs(module, None) or match.runs(module, linear.part_forward)
     bias = module.bias
-    return stock and module.scales.is_contiguous() and (bias is None or bias.dtype == module.like.dtype)
+    whole = all(t is None or t.is_contiguous() for t in (module.scales, module.zeros, module.offsets))
+    return stock and whole and (bias is None or bias.dtype == module.like.dtype)
 
 
 def _plain(module: nn.Linear) -> _Step:

@@ -89,11 +89,7 @@ class Int4Linear(nn.Linear):
     def logical(self) -> Int4Weight:
         """The weight as numbers."""
         return unpacked(
-            self.packed,
-            self.scales,
-            self.zeros,
-            self.offsets,
-            self.perm,
+            *self.operands(),
             self.g_idx,
             run=self.run,
             group_size=self.group_size,
@@ -106,12 +102,14 @@ class Int4Linear(nn.Linear):
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """packed, scales, zeros, offsets and perm as the ops take them: those of a part of a `Joint` are copied."""
-        scales, zeros, offsets = self.scales, self.zeros, self.offsets
-        if not scales.is_contiguous():
-            scales = scales.contiguous()
-            zeros = None if zeros is None else zeros.contiguous()
-            offsets = None if offsets is None else offsets.contiguous()
-        return self.packed, scales, zeros, offsets, self.perm
+        zeros, offsets = self.zeros, self.offsets
+        return (
+            self.packed,
+            self.scales.contiguous(),
+            None if zeros is None else zeros.contiguous(),
+            None if offsets is None else offsets.contiguous(),
+            self.perm,
+        )
 
     # nn.Module looks properties up as it does methods; there is no parameter of this name
     @property
