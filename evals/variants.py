@@ -19,7 +19,13 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "paged": {},
     "kv-int8": {"kv_cache_dtype": "int8"},
     "kv-fp8": {"kv_cache_dtype": "fp8"},
-    "attention": {"fuse_norm": False, "fuse_mlp": False, "fuse_rotary": False, "fuse_linear": False},
+    "attention": {
+        "fuse_norm": False,
+        "fuse_mlp": False,
+        "fuse_rotary": False,
+        "fuse_linear": False,
+        "fuse_layers": False,
+    },
     "fusions": {"attention": False},
 }
 

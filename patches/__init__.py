@@ -60,7 +60,7 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
             attention.apply(model, facts, log)
             generation.apply(model, config, facts, log)
         if stock is not None:
-            fusion.apply(model, config, log, stock)
+            fusion.apply(model, config, log, stock, facts)
     except BaseException:
         log.undo()
         _tell_of_weights(model, config)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ..config import PagedConfig
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
-from . import attention, compiled, state, turns
+from . import attention, compiled, linear, state, turns
 from .log import PatchLog
 
 if TYPE_CHECKING:
@@ -277,7 +277,9 @@ def _start_cache(
 
 
 def _follow_model(model: PreTrainedModel) -> None:
-    """Moves the pool after the model, if it moved. Keys and values may be of another dtype than the parameters."""
+    """Moves the pool and the fused weights after the model, if it moved. Keys and values may be of another dtype than
+    the parameters."""
+    linear.refresh(model)
     parameters, states = driver_of(model).dtypes
     manager_of(model).follow(states if model.dtype == parameters else model.dtype, model.device)
 

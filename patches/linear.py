@@ -1,11 +1,13 @@
-"""Linear layers. On the CPU few rows (decoding) -> `linear`; on CUDA projections of one input in one GEMM.
+"""Linear layers. On the CPU few rows (decoding) -> `linear`; on CUDA, and of 4-bit layers, projections of one input in
+one GEMM.
 
 The fused weight holds the rows of all of them, and each original parameter becomes a view of its part, so the model has
 one copy of its weights, `state_dict` and in-place loading work as before, and the modules still run on their own.
 `unpatch` gives every parameter a storage of its own again.
 
 One launch instead of two or three pays where launches are the cost: on CUDA. On the CPU a few rows are bound by reading
-the weights, which `linear` does at twice the speed of `F.linear`, and the weights keep their own storage.
+the weights, which `linear` does at twice the speed of `F.linear`, and the weights keep their own storage. 4-bit weights
+are so small that calls cost as much as reading them: they are fused everywhere.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops
+from ..quant.linear import Int4Linear, Joint
 from . import match
 from .log import PatchLog
 
@@ -47,9 +50,35 @@ def _has_few_rows(x: Tensor) -> bool:
     return statically_known_true(x.numel() <= FEW_ROWS * x.shape[-1])
 
 
-def wanted(config: PagedConfig, weight: Tensor) -> bool:
-    """True if the config (or, on "auto", the device) asks for fused projections."""
-    return weight.is_cuda if config.fuse_linear == "auto" else bool(config.fuse_linear)
+def wanted(config: PagedConfig, module: nn.Module) -> bool:
+    """True if the config (or, on "auto", the weight's device and format) asks for fused projections."""
+    if config.fuse_linear != "auto":
+        return bool(config.fuse_linear)
+    weight = match.weight_like(module)
+    return isinstance(module, Int4Linear) or (weight is not None and weight.is_cuda)
+
+
+def fuse(parts: Sequence[nn.Module], config: PagedConfig, log: PatchLog, name: str) -> FusedLinear | FusedInt4 | None:
+    """Fuse projections of one input, if the config wants it and they allow it; report it under `name`."""
+    if not wanted(config, parts[0]):
+        return None
+    if any("forward" in vars(part) for part in parts):
+        log.kept(name, "linear", "something else is bound to the projections")
+        return None
+    if isinstance(parts[0], Int4Linear):
+        if reason := Joint.obstacle(parts):
+            log.kept(name, "linear", f"projections not fused: {reason}")
+            return None
+        joint = Joint(parts)  # type: ignore[arg-type]
+        log.on_undo(joint.separate)
+        log.runs(name, "linear", "fused int4_linear")
+        return FusedInt4(joint)
+    fused = FusedLinear.of(parts, log)  # type: ignore[arg-type]
+    if fused is None:
+        log.kept(name, "linear", "its projections differ in input, bias or binding")
+    else:
+        log.runs(name, "linear", "fused projection")
+    return fused
 
 
 class FusedLinear:
@@ -84,6 +113,24 @@ class FusedLinear:
         return project(x, self.weight, self.bias).split(self.sizes, -1)
 
 
+class FusedInt4:
+    """Several Int4Linear of one input as one product (`Joint`)."""
+
+    def __init__(self, joint: Joint) -> None:
+        self.joint = joint
+        self.parts = joint.parts
+        self.sizes = [p.out_features for p in joint.parts]
+
+    def is_current(self) -> bool:
+        """True if the layers are joined; after a move (`.to()`) they are joined again."""
+        if torch.compiler.is_compiling():  # `refresh` was here before
+            return bool(self.joint.buffers)
+        return self.joint.is_current() or not self.joint.join()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.joint(x).split(self.sizes, -1)
+
+
 def _join(parameters: Sequence[Tensor], log: PatchLog) -> Tensor:
     joined = torch.cat([p.detach() for p in parameters])
     for parameter, part in zip(parameters, joined.split([p.shape[0] for p in parameters]), strict=True):
@@ -99,7 +146,7 @@ def _own_storage(parameter: Tensor) -> None:
 class SharedProjection:
     """q, k and v projections that are called one after the other on the same input: the first computes all three."""
 
-    def __init__(self, fused: FusedLinear) -> None:
+    def __init__(self, fused: FusedLinear | FusedInt4) -> None:
         self.fused = fused
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
@@ -116,17 +163,31 @@ class SharedProjection:
         return output
 
 
-def _part_forward(self: nn.Linear, input: Tensor) -> Tensor:
+_KINDS = (nn.Linear, Int4Linear)
+
+
+def part_forward(self: nn.Linear, input: Tensor) -> Tensor:
     shared, index = vars(self)["_pagedkv_part"]
-    if not match.wants_grad(input, self.weight) and shared.fused.is_current():
+    if not match.wants_grad(input, match.weight_like(self)) and shared.fused.is_current():
         output = shared.part(index, input)
         if output is not None:
             return output
     return type(self).forward(self, input)
 
 
-def _few_rows_forward(self: nn.Linear, input: Tensor) -> Tensor:
+def few_rows_forward(self: nn.Linear, input: Tensor) -> Tensor:
     return project(input, self.weight, self.bias)
+
+
+def _fused_of(module: nn.Module) -> FusedLinear | FusedInt4 | None:
+    shared, index = vars(module).get("_pagedkv_part", (None, 0))
+    return shared.fused if shared is not None and index == 0 else vars(module).get("_pagedkv_gate_up")
+
+
+def refresh(model: nn.Module) -> None:
+    """Joins 4-bit layers again that were moved since."""
+    for fused in vars(model).get("_pagedkv_fused", ()):
+        fused.is_current()
 
 
 def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
@@ -135,22 +196,19 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
         return
     names = ("q_proj", "k_proj", "v_proj")
     for name, module in match.modules_of(model):
-        parts = [getattr(module, n, None) for n in names]
-        if not type(module).__name__.endswith("Attention") or not all(type(p) is nn.Linear for p in parts):
+        parts: list[Any] = [getattr(module, n, None) for n in names]
+        if not type(module).__name__.endswith("Attention") or not all(type(p) in _KINDS for p in parts):
             continue
-        linears: list[Any] = parts
-        if not wanted(config, linears[0].weight):
-            continue
-        fused = FusedLinear.of(linears, log)
+        fused = fuse(parts, config, log, f"{name}.q+k+v")
         if fused is None:
-            log.kept(name, "linear", "its projections differ in input, bias or binding")
             continue
         shared = SharedProjection(fused)
-        for index, part in enumerate(linears):
+        for index, part in enumerate(parts):
             log.set_attribute(part, "_pagedkv_part", (shared, index))
-            log.bind(part, "forward", _part_forward)
-        log.runs(f"{name}.q+k+v", "linear", "fused projection")
+            log.bind(part, "forward", part_forward)
+    found = [fused for _, module in match.modules_of(model) if (fused := _fused_of(module)) is not None]
+    log.set_attribute(model, "_pagedkv_fused", [fused for fused in found if isinstance(fused, FusedInt4)])
     for name, module in match.modules_of(model):
         if type(module) is nn.Linear and module.weight.device.type == "cpu" and not match.is_bound_elsewhere(module):
-            log.bind(module, "forward", _few_rows_forward)
+            log.bind(module, "forward", few_rows_forward)
             log.runs(name, "linear", "linear")

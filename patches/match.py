@@ -48,6 +48,14 @@ def is_bound_elsewhere(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
+def runs(module: nn.Module, function: Callable[..., Any] | None) -> bool:
+    """True if a call of this instance runs `function`, bound by a `PatchLog`; None: its class's forward."""
+    bound = vars(module).get("forward")
+    if function is None or bound is None:
+        return function is bound
+    return getattr(getattr(bound, "__func__", None), "__code__", None) is function.__code__
+
+
 def has_hooks(module: nn.Module) -> bool:
     """True if the user hooked this module: then it must be called as a module."""
     return bool(

@@ -24,7 +24,8 @@ _LAYOUTS = (
     ("gate_up_proj", "gate_up_proj", "down_proj"),
 )
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
-_GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
+#: activation -> the name of its op and the op
+GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": ("silu_and_mul", ops.silu_and_mul),
     "gelu": ("gelu_and_mul", ops.gelu_and_mul),
     "gelu_tanh": ("gelu_and_mul", lambda gate, up: ops.gelu_and_mul(gate, up, approximate="tanh")),
@@ -33,35 +34,42 @@ _GATED: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 @dataclass(frozen=True)
 class GatedMLPSpec:
-    """Which children a gated MLP has and which activation."""
+    """Which children a gated MLP has, the attribute that is its activation, and which one that is."""
 
     gate: str
     up: str
     down: str
-    activation: str  # a key of _GATED
+    act: str
+    activation: str  # a key of GATED
 
 
-def _gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     x = match.first_argument(args, kwargs)
     spec: GatedMLPSpec = vars(self)["_pagedkv_mlp"]
     gate, up = getattr(self, spec.gate), getattr(self, spec.up)
-    if match.wants_grad(x, match.weight_like(gate)):
+    act = self._modules.get(spec.act)
+    if match.wants_grad(x, match.weight_like(gate)) or (act is not None and match.has_hooks(act)):
         return type(self).forward(self, x)
     fused = vars(self).get("_pagedkv_gate_up")
     if gate is up:
         gate_states, up_states = gate(x).chunk(2, -1)
-    elif fused is not None and fused.is_current() and not (match.has_hooks(gate) or match.has_hooks(up)):
+    elif (
+        fused is not None
+        and fused.parts == (gate, up)  # an adapter may have taken their places
+        and fused.is_current()
+        and not (match.has_hooks(gate) or match.has_hooks(up))
+    ):
         gate_states, up_states = fused(x)
     else:
         gate_states, up_states = gate(x), up(x)
-    return getattr(self, spec.down)(_GATED[spec.activation][1](gate_states, up_states))
+    return getattr(self, spec.down)(GATED[spec.activation][1](gate_states, up_states))
 
 
 @torch.no_grad()
 def _activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
     """The name of an activation, found by its values."""
     x = torch.linspace(-9, 9, 361)
-    for name in _GATED:
+    for name in GATED:
         try:
             y = function(x)
         except Exception:
@@ -79,7 +87,7 @@ def _spec(module: nn.Module) -> GatedMLPSpec | None:
     for gate, up, down in _LAYOUTS:
         if {gate, up, down} == {n for n in children if n != activation_name}:
             activation = _activation_of(getattr(module, activation_name))
-            return None if activation is None else GatedMLPSpec(gate, up, down, activation)
+            return None if activation is None else GatedMLPSpec(gate, up, down, activation_name, activation)
     return None
 
 
@@ -117,15 +125,14 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
             continue
         scratch = PatchLog()
         scratch.set_attribute(module, "_pagedkv_mlp", spec)
-        scratch.bind(module, "forward", _gated_forward)
+        scratch.bind(module, "forward", gated_forward)
         if not _reproduces(module, gate.in_features, weight):
             scratch.undo()
             log.kept(name, "mlp", "the fused forward does not reproduce its numbers")
             continue
         log.absorb(scratch)
-        log.runs(name, "mlp", _GATED[spec.activation][0])
-        if gate is not up and linear.wanted(config, weight):
-            fused = linear.FusedLinear.of((gate, up), log)
+        log.runs(name, "mlp", GATED[spec.activation][0])
+        if gate is not up:
+            fused = linear.fuse((gate, up), config, log, f"{name}.{spec.gate}+{spec.up}")
             if fused is not None:
                 log.set_attribute(module, "_pagedkv_gate_up", fused)
-                log.runs(f"{name}.{spec.gate}+{spec.up}", "linear", "fused projection")

@@ -35,7 +35,7 @@ def spec_of(module: nn.Module) -> RMSNormSpec | None:
     return vars(module).get("_pagedkv_norm")
 
 
-def _rms_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+def rms_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
     x = match.first_argument(args, kwargs)
     weight = getattr(self, "weight", None)
     if match.wants_grad(x, weight):
@@ -129,5 +129,5 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
                 log.kept(name, "norm", spec)
                 continue
             log.set_attribute(module, "_pagedkv_norm", spec)
-            log.bind(module, "forward", _rms_forward)
+            log.bind(module, "forward", rms_forward)
             log.runs(name, "norm", "rms_norm")

@@ -112,10 +112,13 @@ class RotaryBinding:
         ops.rotary_embedding(q, k, cos, sin, interleaved=convention.interleaved)
         return _unflatten(q, query), _unflatten(k, key)
 
-    def angles(self, cos: Tensor, sin: Tensor, batch: int, convention: Convention) -> tuple[Tensor, Tensor]:
-        """cos and sin [1 or B, Q, R] -> [B * Q, R / 2]; a paged cache keeps them for the next layers, which are given
-        the same tensors."""
-        kept = [] if self.cache is None else self.cache.rotary_angles
+    def angles(
+        self, cos: Tensor, sin: Tensor, batch: int, convention: Convention, kept: list[Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [1 or B, Q, R] -> [B * Q, R / 2]; a paged cache keeps them (`kept`) for the next layers, which
+        are given the same tensors."""
+        if kept is None:
+            kept = [] if self.cache is None else self.cache.rotary_angles
         for old_cos, old_sin, flat_cos, flat_sin in kept:
             if old_cos is cos and old_sin is sin:
                 return flat_cos, flat_sin
@@ -190,7 +193,7 @@ def calls_rotary(tree: ast.FunctionDef) -> bool:
     return len(calls) == 1 and len(calls[0].args) == 4 and not calls[0].keywords  # type: ignore[attr-defined]
 
 
-def _attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def attention_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     binding: RotaryBinding = vars(self)["_pagedkv_rotary"]
     # rotating in place would change what a hook on a projection was given
     if any(match.has_hooks(child) for child in self.children()):
@@ -231,7 +234,7 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
         else:
             binding = bindings.setdefault(cls, RotaryBinding(cls))
             log.set_attribute(module, "_pagedkv_rotary", binding)
-            log.bind(module, "forward", _attention_forward)
+            log.bind(module, "forward", attention_forward)
 
 
 @contextlib.contextmanager

@@ -34,9 +34,12 @@ def fingerprint(model: PreTrainedModel) -> int:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Up to 8 elements of a tensor, spread over it; none if it is not dense in memory or more than a plain tensor."""
+    """Some elements of a tensor, spread over it; none if it is more than a plain tensor, or neither dense in memory nor
+    a part of a matrix."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
     count = tensor.numel()
+    if plain and count and tensor.dim() == 2 and tensor.stride(1) == 1 and not tensor.is_contiguous():
+        return tensor.detach()[:: -(-tensor.shape[0] // 4), :: -(-tensor.shape[1] // 2)].flatten()
     if not plain or not count or not (tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous())):
         return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     taken = min(count, _SAMPLES)

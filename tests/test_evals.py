@@ -12,7 +12,7 @@ import torch
 from transformers import BatchEncoding
 
 import torch_pagedkv
-from torch_pagedkv.evals import accuracy, compiled, machine, models, prompts, render, speed, trace
+from torch_pagedkv.evals import accuracy, compiled, int4, machine, models, prompts, render, speed, trace
 
 #: bytes of a token in the cache of the tiny model: K and V, 2 layers, 2 heads of 16, fp32
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -391,3 +391,42 @@ def test_table_forms() -> None:
     rows = [["name", "n"], ["a|b", "1000"], ["c", "2"]]
     assert render.text(rows) == "name     n\n----------\na|b   1000\nc        2"
     assert render.markdown(rows) == "| name | n |\n| --- | ---: |\n| a\\|b | 1000 |\n| c | 2 |"
+
+
+# ---- int4 ------------------------------------------------------------------------------------------------------------
+
+
+def test_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "int4.json"
+    argv = [
+        "--random",
+        "tiny",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--new-tokens",
+        "4",
+        "--prompt-tokens",
+        "9",
+        "--threads",
+        "1",
+    ]
+    assert int4.main([*argv, "--json", str(report)]) == 0
+    result = json.loads(report.read_text())
+    ways = {one["way"]: one for one in result["ways"]}
+    assert list(ways) == list(int4.WAYS)
+    assert all(len(one["tokens"]) == 4 and len(one["all_seconds"]) == 1 for one in ways.values())
+    # 64 x 64 and 64 x 96 matrices: bfloat16, and 4 bits with a float16 scale and a zero for each group
+    sizes = {name: one["bytes"]["linears"] for name, one in ways.items()}
+    numbers = 2 * (3 * 64 * 96 + 2 * 64 * 64 + 2 * 32 * 64)
+    assert sizes["stock"] == sizes["patched"] == 2 * numbers
+    assert numbers / 2 < sizes["int4 g64"] < sizes["int4 g32"] < numbers
+    assert ways["int4 g32, head"]["bytes"]["head"] < ways["stock"]["bytes"]["head"] == 2 * 256 * 64
+    assert "int4 g32, head" in capsys.readouterr().out
+    assert result["machine"]["command"].startswith("python -m torch_pagedkv.evals.int4 --random tiny")
+
+
+def test_int4_names_the_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    assert int4.main(["--random", "tiny", "--device", "cpu", "--ways", "fp4"]) == 2
+    assert "--ways: got 'fp4', there are stock, patched," in capsys.readouterr().err

@@ -40,8 +40,10 @@ class PagedConfig:
             no module of the model can be fused), False leaves it.
         fuse_mlp: the activation of a (gated) MLP and its product in one kernel.
         fuse_rotary: the rotary embedding and the cache write in one kernel.
-        fuse_linear: on the CPU, linear layers on few rows by a kernel of our own; on CUDA (True: everywhere),
-            projections of the same input (q, k, v; gate, up) in one matrix product.
+        fuse_linear: on the CPU, linear layers on few rows by a kernel of our own; on CUDA and of 4-bit layers (True:
+            everywhere), projections of the same input (q, k, v; gate, up) in one matrix product.
+        fuse_layers: decoder layers of the usual form as one function that calls the kernels behind each other, without
+            the modules in between, unless somebody hooked them.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
             output and group of inputs (round-to-nearest: no data needed). None leaves them as they were loaded, also
             if that is in 4 bits.
@@ -65,6 +67,7 @@ class PagedConfig:
     fuse_mlp: Fuse = "auto"
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
+    fuse_layers: Fuse = "auto"
     weights: Literal["int4"] | None = None
     group_size: int = 128
     quantize_head: bool = False
@@ -88,7 +91,7 @@ class PagedConfig:
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
         for name in ("prefix_caching", "attention", "quantize_head", "keep_original"):
             _one_of(name, getattr(self, name), (True, False))
-        for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear"):
+        for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear", "fuse_layers"):
             _one_of(name, getattr(self, name), _FUSE)
 
     @classmethod

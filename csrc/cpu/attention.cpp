@@ -6,9 +6,9 @@
 #include <limits>
 #include <memory>
 
-#include "../ops.h"
 #include "attention_kernel.h"
 #include "simd.h"
+#include "tensors.h"
 
 namespace pagedkv {
 namespace {
@@ -240,8 +240,10 @@ AttentionArgs common_args(const Tensor& query, const Tensor& k, const Tensor& v,
 
 Pair make_outputs(const Tensor& query, bool return_lse) {
   const int64_t tokens = query.size(0), heads = query.size(1);
-  return {torch::stable::new_empty(query, {tokens, heads, query.size(2)}),
-          torch::stable::new_empty(query, {return_lse ? tokens : 0, heads}, ScalarType::Float)};
+  const int64_t sizes[] = {tokens, heads, query.size(2)}, lse_sizes[] = {return_lse ? tokens : 0, heads};
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
+  return {new_tensor(sizes, 3, dtype), new_tensor(lse_sizes, 2, aoti_torch_dtype_float32())};
 }
 
 // The lengths are on the host: what the schema cannot say is checked before anything is computed.

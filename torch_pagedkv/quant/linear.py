@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops.int4 import BLOCK
 from .formats import Int4Weight, unpacked
 
 _FIXED = (
@@ -87,11 +89,7 @@ class Int4Linear(nn.Linear):
     def logical(self) -> Int4Weight:
         """The weight as numbers."""
         return unpacked(
-            self.packed,
-            self.scales,
-            self.zeros,
-            self.offsets,
-            self.perm,
+            *self.operands(),
             self.g_idx,
             run=self.run,
             group_size=self.group_size,
@@ -100,15 +98,17 @@ class Int4Linear(nn.Linear):
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[N, K], a new tensor."""
-        return ops.int4_dequantize(
+        return ops.int4_dequantize(*self.operands(), group_size=self.run, in_features=self.in_features, dtype=dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """packed, scales, zeros, offsets and perm as the ops take them: those of a part of a `Joint` are copied."""
+        zeros, offsets = self.zeros, self.offsets
+        return (
             self.packed,
-            self.scales,
-            self.zeros,
-            self.offsets,
+            self.scales.contiguous(),
+            None if zeros is None else zeros.contiguous(),
+            None if offsets is None else offsets.contiguous(),
             self.perm,
-            group_size=self.run,
-            in_features=self.in_features,
-            dtype=dtype,
         )
 
     # nn.Module looks properties up as it does methods; there is no parameter of this name
@@ -135,7 +135,7 @@ class Int4Linear(nn.Linear):
         bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        weight = (self.packed, self.scales, self.zeros, self.offsets, self.perm)
+        weight = self.operands()
         if torch.is_grad_enabled() and x.requires_grad:
             return _WithGradient.apply(x, *weight, bias, self.run, self.in_features)
         return _linear(x, *weight, bias, self.run, self.in_features)
@@ -174,6 +174,116 @@ class Int4Linear(nn.Linear):
             f"4 bits, group_size={self.group_size}, {kind}{order}{source}"
         )
 
+
+class Joint:
+    """The weights of several Int4Linear with the same inputs as one: y = [x W0^T + b0, x W1^T + b1, ...].
+
+    Each layer's buffers become views of its part, so that there is one copy of the numbers, and what is written into
+    them in place holds for both.
+
+    Attributes:
+        parts: the layers.
+        buffers: name -> tensor or None, as an Int4Linear of all outputs would have them.
+        run, in_features: as theirs.
+    """
+
+    def __init__(self, parts: Sequence[Int4Linear]) -> None:
+        """
+        Raises:
+            ValueError: they cannot be joined (`obstacle` says why); nothing has changed.
+        """
+        self.parts = tuple(parts)
+        self.buffers: dict[str, Tensor | None] = {}
+        if reason := self.join():
+            raise ValueError(f"parts: {reason}")
+
+    @torch.no_grad()
+    def join(self) -> str:
+        """Joins the layers as they are now, or says why they cannot be (`obstacle`)."""
+        self.buffers.clear()
+        reason = self.obstacle(self.parts)
+        if reason:
+            return reason
+        first = self.parts[0]
+        self.run, self.in_features = first.run, first.in_features
+        self.buffers["perm"] = first.perm
+        with torch.inference_mode(False):  # they may be written to outside of it
+            for name, dim in _JOINED.items():
+                tensors = [t for part in self.parts if (t := part._buffers[name]) is not None]
+                self.buffers[name] = None
+                if tensors:
+                    whole = self.buffers[name] = torch.cat(tensors, dim)
+                    for part, view in zip(self.parts, whole.split([t.shape[dim] for t in tensors], dim)):
+                        part._buffers[name] = view
+        for part in self.parts:
+            part._buffers["perm"] = first.perm
+        self._watch()
+        return ""
+
+    def _watch(self) -> None:
+        places = [(part._buffers, name) for part in self.parts for name in (*_JOINED, "perm")]
+        # an optional tensor comes or goes with the others, but for a bias
+        self._places = [(b, name) for b, name in places if b[name] is not None or name == "bias"]
+        self._tensors = [b[name] for b, name in self._places]
+
+    def is_current(self) -> bool:
+        """False once a layer's tensors were replaced (`.to()`, for example): then `join` again."""
+        return all(map(operator.is_, [b.get(name) for b, name in self._places], self._tensors))
+
+    def separate(self) -> None:
+        """Gives each layer tensors of its own again."""
+        self.buffers.clear()
+        for part in self.parts:
+            if isinstance(part, Int4Linear):
+                for name in (*_JOINED, "perm"):
+                    tensor = part._buffers[name]
+                    if tensor is not None:
+                        part._buffers[name] = tensor.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def obstacle(parts: Sequence[nn.Module]) -> str:
+        """Why these cannot be joined, or ""."""
+        first, *others = parts
+        if not isinstance(first, Int4Linear) or len({id(part) for part in parts}) != len(parts):
+            return "they are not different 4-bit layers"
+        for part in others:
+            if not isinstance(part, Int4Linear):
+                return "not all are 4-bit"
+            if part.packed.device != first.packed.device:
+                return "they are on different devices"
+            inputs = [(each.in_features, each.run, each.packed.shape[1]) for each in (part, first)]
+            if inputs[0] != inputs[1]:
+                return "they differ in inputs or groups"
+            for name in ("scales", "zeros", "offsets", "bias"):
+                dtypes = [None if t is None else t.dtype for t in (part._buffers[name], first._buffers[name])]
+                if dtypes[0] != dtypes[1]:
+                    return f"they differ in {name}"
+            same = part.perm is first.perm
+            if part.perm is not None and first.perm is not None:
+                same = torch.equal(part.perm, first.perm)
+            if not same:
+                return "they take their inputs in different orders (act-order)"
+        if any(part.out_features % BLOCK for part in parts[:-1]):  # type: ignore[operator]
+            return f"their outputs are not multiples of {BLOCK}"
+        return ""
+
+    def operands(self) -> tuple[Any, ...]:
+        """packed, scales, zeros, offsets, perm and bias as `ops.int4_linear` takes them."""
+        whole = self.buffers
+        return whole["packed"], whole["scales"], whole["zeros"], whole["offsets"], whole["perm"], whole["bias"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N] of all parts, without a gradient."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        *weight, bias = self.operands()
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return _linear(x, *weight, bias, self.run, self.in_features)
+
+
+#: the buffers of an Int4Linear that hold something for each output -> the dimension of the outputs
+_JOINED = {"packed": 0, "scales": 1, "zeros": 1, "offsets": 1, "bias": 0}
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
