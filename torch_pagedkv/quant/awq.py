@@ -46,9 +46,7 @@ def numbers(w: Tensor, found: grids.Grids, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def search(
-    weights: Sequence[Tensor], moments: Tensor, group_size: int = 128, *, ties: Tensor | None = None
-) -> tuple[Tensor, float]:
+def search(weights: Sequence[Tensor], moments: Tensor, group_size: int = 128, *, ties: Tensor | None = None) -> Tensor:
     """The best scales for the inputs of linear layers that share them.
 
     Args:
@@ -59,16 +57,13 @@ def search(
             not scaled.
 
     Returns:
-        scales float32 [K], and what is left of the error with them, 1 without any gain.
+        float32 [K]; 1 if no others are better.
     """
     w, h = torch.cat([weight.float() for weight in weights]), moments.float()
     size = w.shape[1] if group_size == -1 else min(group_size, w.shape[1])
     ones = torch.ones(w.shape[1], device=w.device)
     inputs, columns = _tied(h.diagonal().sqrt(), ties), _tied(_sizes(w, size), ties)
-    best, none = ones, _cost(w, h, ones, size)
-    lowest = none
-    if not none > 0:  # nothing to gain
-        return ones, 1.0
+    best, lowest = ones, _cost(w, h, ones, size)
     for duo in (False, True):
         for step in range(0 if duo else 1, _STEPS + 1):
             share = step / _STEPS
@@ -77,7 +72,7 @@ def search(
             cost = _cost(w, h, s, size)
             if cost < lowest:
                 best, lowest = s, cost
-    return best, lowest / none
+    return best
 
 
 def _sizes(w: Tensor, size: int) -> Tensor:

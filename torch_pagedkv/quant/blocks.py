@@ -7,8 +7,9 @@ is changed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,13 @@ class Blocks:
     """
 
     def __init__(
-        self, model: nn.Module, name: str, blocks: nn.ModuleList, ids: Tensor, offload: str | Path | None = None
+        self,
+        model: nn.Module,
+        name: str,
+        blocks: nn.ModuleList,
+        ids: Tensor,
+        offload: str | Path | None = None,
+        exact: bool = True,
     ) -> None:
         """Records what the blocks are called with; changes nothing.
 
@@ -57,6 +64,7 @@ class Blocks:
             model: in evaluation mode.
             ids: int64 [S, T], sequences without padding.
             offload: where hidden states stay: None: on the model's device, "cpu", or a folder for files on disk.
+            exact: keep the float model's beside those of the quantised one.
 
         Raises:
             ValueError: the model does not run its blocks one after the other, or gives NaN or infinite numbers.
@@ -68,24 +76,27 @@ class Blocks:
         rows = next(r for r in range(min(rows, len(ids)), 0, -1) if len(ids) % r == 0)
         self.batches = list(ids.to(self.device).split(rows))
         self._calls: list[list[_Call]] = [[] for _ in self.modules]  # block -> for each batch, or one for all
-        self._record(offload)
+        self._record(offload, exact)
 
     def __len__(self) -> int:
         return len(self.modules)
 
     # ---- recording
 
-    def _record(self, offload: str | Path | None) -> None:
+    def _record(self, offload: str | Path | None, exact: bool) -> None:
         first, outputs = self._pass(self.batches[0], len(self.modules))
         self._check(first, outputs)
         calls = [first]
         second = self._pass(self.batches[1], len(self.modules))[0] if len(self.batches) > 1 else first
-        # of equal length all batches have equal masks and positions; a model that gives its blocks more is recorded whole
+        # batches of one length have equal masks and positions; a model that gives its blocks more is recorded whole
         own = [not _same(a.others, b.others) for a, b in zip(first, second)]
         self._hidden = _Store(len(self.batches), first[0].hidden, offload)
+        self._meant = _Store(len(self.batches), first[0].hidden, offload) if exact else None
         for index, batch in enumerate(self.batches):
             calls = first if index == 0 else self._pass(batch, len(self.modules) if any(own) else 1)[0]
             self._hidden[index] = calls[0].hidden
+            if self._meant is not None:
+                self._meant[index] = calls[0].hidden
             for block, call in enumerate(calls):
                 if index == 0 or own[block]:
                     self._calls[block].append(call.without_hidden())
@@ -135,45 +146,56 @@ class Blocks:
 
     # ---- running
 
-    def run(self, block: int, watch: Callable[[], None] | None = None) -> Iterator[Tensor]:
-        """The block's output for each batch, [rows, T, hidden]."""
-        for index in range(len(self.batches)):
-            yield self.call(block, index)
-
     def call(self, block: int, index: int, module: nn.Module | None = None, hidden: Tensor | None = None) -> Tensor:
         """The output of a block (or a module in its place) for one batch (or other hidden states of its shape)."""
         call = self._calls[block][index if len(self._calls[block]) > 1 else 0]
         x = self._hidden[index] if hidden is None else hidden
         args, kwargs = call.args(x), call.kwargs(x)
-        if module is not None and module is not self.modules[block]:
+        if module is not None:
             args, kwargs = _cast(args, x.dtype), _cast(kwargs, x.dtype)
         return _first((module or self.modules[block])(*args, **kwargs))
 
-    def until(self, block: int, stop: nn.Module, hook: Callable[[Tensor], None]) -> None:
-        """Runs the block for every batch up to one of its modules, and calls `hook` with what that is given. A module
-        that is called more than once in a pass is waited for until the end."""
+    def watch(self, block: int, module: nn.Module, see: Callable[[Tensor], None]) -> None:
+        """Runs the block for every batch up to the first call of one of its modules; `see` gets that call's input."""
+        for index in range(len(self.batches)):
+            see(self._until(block, index, module, None, None))
+
+    def watch_both(
+        self, block: int, module: nn.Module, exact: nn.Module, twin: nn.Module, see: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        """As `watch`; `see` gets the input in the float model too, whose block is `exact` with the module `twin`."""
+        assert self._meant is not None
+        for index in range(len(self.batches)):
+            given = self._until(block, index, module, None, None)
+            see(given, self._until(block, index, twin, exact, self._meant[index]))
+
+    def _until(
+        self, block: int, index: int, stop: nn.Module, module: nn.Module | None, hidden: Tensor | None
+    ) -> Tensor:
+        seen: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hook(input_of(args, kwargs))
+            seen.append(input_of(args, kwargs))
             raise _Enough
 
-        with hooked([(stop, before)]):
-            for index in range(len(self.batches)):
-                try:
-                    self.call(block, index)
-                except _Enough:
-                    continue
+        with hooked([(stop, before)]), contextlib.suppress(_Enough):
+            self.call(block, index, module, hidden)
+        return seen[0]
 
-    def advance(self, block: int) -> None:
-        """Hidden states in front of the next block, with the block as it is now.
+    def advance(self, block: int, exact: nn.Module | None) -> None:
+        """Hidden states in front of the next block, with the block as it is now; with `exact`, the float block, those
+        of the float model too.
 
         Raises:
             ValueError: they are NaN or infinite.
         """
-        for index, output in enumerate(self.run(block)):
+        for index in range(len(self.batches)):
+            output = self.call(block, index)
             if not bool(torch.isfinite(output).all()):
                 raise ValueError(f"{self.names[block]} gives NaN or infinite numbers once it is quantised")
             self._hidden[index] = output
+            if self._meant is not None:
+                self._meant[index] = self.call(block, index, exact, self._meant[index])
 
     def sample(self) -> Tensor:
         """Hidden states of the first batch."""

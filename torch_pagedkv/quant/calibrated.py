@@ -1,19 +1,21 @@
 """AWQ and GPTQ of a whole decoder, block after block, from calibration data.
 
 Each block sees what the blocks before it give once they are quantised. In it AWQ's scales are searched and folded
-first, for all layers from one pass over the data; then the weights are rounded, by AWQ's clipped grids, or by GPTQ in the
-order of the layers' calls, each from inputs that the layers before it in the block have changed ("true sequential").
+first, for all layers from one pass over the data; then the weights are rounded, on AWQ's clipped grids or by GPTQ, in
+the order of the layers' calls, each for inputs that the layers before it in the block have changed already ("true
+sequential"). What is rounded is a weight that makes up for those changes (quant/correction.py).
 
-At any time there are the hidden states in front of one block, float32 weights of one block, and the second moments of
-its inputs. With a folder, a block's result is written there once it is done, and a run that was broken off goes on from
-the blocks that are there.
+At any time there are the hidden states in front of one block (the float model's and the quantised one's), float weights
+of one block, and the second moments of its inputs. With a folder, a block's result is written there once it is done,
+and a run that was broken off goes on from the blocks that are there.
 """
 
 from __future__ import annotations
 
+import collections
+import copy
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +30,8 @@ from transformers.utils import logging as hf_logging
 
 from . import awq, folding, gptq, rtn
 from .blocks import Blocks, find, hooked, input_of
+from .correction import corrected
 from .formats import Int4Weight
-
-logger = logging.getLogger("torch_pagedkv")
 
 #: method -> (scales are searched and folded, weights are rounded by GPTQ)
 METHODS = {"awq": (True, False), "gptq": (False, True), "awq+gptq": (True, True)}
@@ -45,20 +46,25 @@ class Options:
         group_size: inputs in a group, -1: all.
         order: of GPTQ, one of `gptq.ORDERS`.
         damping: of GPTQ.
+        correction: how much of the error that the layers before have made is made up for, 0 .. 1 (quant/correction.py).
+            0: each layer has its own weight as target, and a run takes half the time.
     """
 
     method: str
     group_size: int = 128
     order: gptq.Order = "static"
     damping: float = 0.01
+    correction: float = 0.5
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method: got {self.method!r}, needs one of {', '.join(map(repr, METHODS))}")
         if self.order not in gptq.ORDERS:
             raise ValueError(f"order: got {self.order!r}, needs one of {', '.join(map(repr, gptq.ORDERS))}")
-        if not isinstance(self.damping, float) or not 0 < self.damping <= 1:
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
             raise ValueError(f"damping: got {self.damping!r}, needs a number in (0, 1]")
+        if not isinstance(self.correction, (int, float)) or not 0 <= self.correction <= 1:
+            raise ValueError(f"correction: got {self.correction!r}, needs a number in 0 .. 1")
 
 
 @dataclass(frozen=True)
@@ -106,22 +112,23 @@ def run(
     """
     name, modules = find(model, set(layers))
     kept = _Kept(folder, model, layers, ids, options) if folder is not None else None
-    blocks = Blocks(model, name, modules, ids, offload)
+    blocks = Blocks(model, name, modules, ids, offload, exact=options.correction > 0)
     work = _Work(model, layers, options, changes, blocks, head_dim)
     with hf_logging.tqdm(total=len(blocks), desc=f"{options.method}, blocks", unit="block") as bar:
         for number in range(len(blocks)):
             if kept is not None and kept.has(number):
                 work.take(number, *kept.read(number))
             else:
-                results, folded = work.block(number)
+                results = work.quantize(number)
                 if kept is not None:
-                    kept.write(number, results, folded)
-                work.finish(number, results)
+                    kept.write(number, *results)
             bar.update()
     work.rest()
 
 
 class _Work:
+    """A run: what is done to one block after the other."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -133,78 +140,80 @@ class _Work:
     ) -> None:
         self.model, self.layers, self.options, self.changes = model, layers, options, changes
         self.blocks, self.head_dim = blocks, head_dim
-        counts: dict[int, int] = {}
-        for module in model.modules():
-            for parameter in module._parameters.values():
-                counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+        counts = collections.Counter(id(p) for module in model.modules() for p in module._parameters.values())
         self.shared = {key for key, count in counts.items() if count > 1}
         self.scaling, self.compensating = METHODS[options.method]
-        self.source = {"awq": "AWQ", "gptq": "GPTQ", "awq+gptq": "AWQ+GPTQ"}[options.method]
+        self.source = options.method.upper()
 
     def inside(self, number: int) -> list[str]:
         """Names, inside a block, of its layers."""
         head = self.blocks.names[number] + "."
         return [name.removeprefix(head) for name in self.layers if name.startswith(head)]
 
-    def block(self, number: int) -> tuple[dict[str, Int4Weight], dict[str, Tensor]]:
-        """Quantise a block; its layers hold the new numbers, but are float yet. Returns layer -> weight and the new
-        values of other parameters, by their names inside the block."""
+    # ---- blocks
+
+    def quantize(self, number: int) -> tuple[dict[str, Int4Weight], dict[str, Tensor]]:
+        """Quantise a block and go on to the next one.
+
+        Returns:
+            layer -> weight, and the new values of other parameters, by their names inside the block.
+        """
         block, names = self.blocks.modules[number], self.inside(number)
         modules = dict(block.named_modules())
         self.changes.begin([modules[name] for name in names])
-        stages = folding.stages(block, names, lambda: self.blocks.call(number, 0))
+        exact = self._exact(number)
         weights = {name: folding.matrix(modules[name]).float().clone() for name in names}
-        folded: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        if self.scaling:
-            moments = self._moments(number, [stage.layers[0] for stage in stages])
+        stages = folding.stages(block, names, lambda: self.blocks.call(number, 0))
+        scales: dict[str, Tensor] = {}
+        if self.scaling and stages:
             stages = folding.find(self.blocks, number, stages, self.head_dim, self.shared)
+            moments = self._moments(number, [stage.layers[0] for stage in stages])
             for stage in stages:
-                self._scale(number, stage, weights, moments, modules)
+                scales[stage.layers[0]] = self._scale(number, stage, weights, moments, modules)
         results: dict[str, Int4Weight] = {}
         for stage in stages:
             first = stage.layers[0]
-            h = moments[first] if not self.compensating else self._moments_at(number, modules[first])
-            joined = torch.cat([weights[name] for name in stage.layers])
-            if self.compensating:
-                whole = gptq.quantize(
-                    joined, h, self.options.group_size, order=self.options.order, damping=self.options.damping
-                )
-            else:
-                whole = awq.quantize(joined, h, self.options.group_size)
-            for name, part in zip(stage.layers, _split(whole, [len(weights[name]) for name in stage.layers])):
+            w, h = self._problem(number, stage, weights, exact, scales.get(first))
+            parts = [len(weights[name]) for name in stage.layers]
+            for name, part in zip(stage.layers, _split(self._round(w, h), parts)):
                 results[name] = part
-                self._put(modules[name], part)
+                self._set(modules[name], dequantized(part))
         for name in names:
             if name not in results:
-                self.changes.kept(f"{self.blocks.names[number]}.{name}", "the calibration text never reached it: RTN")
+                self.changes.kept(f"{self.blocks.names[number]}.{name}", _NEVER)
                 results[name] = rtn.quantize(weights[name], self.options.group_size)
-                self._put(modules[name], results[name])
-        for stage in stages:
-            if stage.fold is not None:
-                for leaf, parameter in modules[stage.fold.module]._parameters.items():
-                    path = f"{stage.fold.module}.{leaf}"
-                    if parameter is not None and not (leaf == "weight" and stage.fold.module in results):
-                        folded[path] = parameter.detach()
+                self._set(modules[name], dequantized(results[name]))
+        folded = {
+            f"{fold.module}.{leaf}": parameter.detach()
+            for fold in (stage.fold for stage in stages if stage.fold is not None)
+            for leaf, parameter in modules[fold.module]._parameters.items()
+            if parameter is not None and not (leaf == "weight" and fold.module in results)
+        }
+        self._finish(number, results, exact)
         return results, folded
-
-    def finish(self, number: int, results: dict[str, Int4Weight]) -> None:
-        """Go on to the next block, and make the layers 4-bit."""
-        if number + 1 < len(self.blocks):
-            self.blocks.advance(number)
-        block = self.blocks.modules[number]
-        for name, weight in results.items():
-            self.changes.replace(block.get_submodule(name), weight, self.source)
 
     def take(self, number: int, results: dict[str, Int4Weight], folded: dict[str, Tensor]) -> None:
         """A block's results from an earlier run."""
         block = self.blocks.modules[number]
-        self.changes.begin([block.get_submodule(name) for name in self.inside(number)])
+        modules = dict(block.named_modules())
+        self.changes.begin([modules[name] for name in self.inside(number)])
+        exact = self._exact(number)
         for path, value in folded.items():
             self.changes.change(block.get_parameter(path), value)
         for name, weight in results.items():
-            self._put(block.get_submodule(name), weight)
-        self.finish(number, results)
+            self._set(modules[name], dequantized(weight))
+        self._finish(number, results, exact)
+
+    def _exact(self, number: int) -> nn.Module | None:
+        """The block as it is, to see what it gives the next one in the float model."""
+        return copy.deepcopy(self.blocks.modules[number]) if self.options.correction else None
+
+    def _finish(self, number: int, results: dict[str, Int4Weight], exact: nn.Module | None) -> None:
+        block = self.blocks.modules[number]
+        if number + 1 < len(self.blocks):
+            self.blocks.advance(number, exact)
+        for name, weight in results.items():
+            self.changes.replace(block.get_submodule(name), weight, self.source)
 
     def rest(self) -> None:
         """Layers outside of the blocks, from one pass of the quantised model."""
@@ -218,15 +227,12 @@ class _Work:
                 self.model(input_ids=batch, use_cache=False)
         self.changes.begin(list(outside.values()))
         for name, module in outside.items():
-            w, size = folding.matrix(module), self.options.group_size
-            if not sums[name].count:
-                self.changes.kept(name, "the calibration text never reached it: RTN")
-                weight = rtn.quantize(w, size)
-            elif self.compensating:
-                h = sums[name].mean(name)
-                weight = gptq.quantize(w, h, size, order=self.options.order, damping=self.options.damping)
+            w = folding.matrix(module)
+            if sums[name].count:
+                weight = self._round(w, sums[name].mean(name))
             else:
-                weight = awq.quantize(w, sums[name].mean(name), size)
+                self.changes.kept(name, _NEVER)
+                weight = rtn.quantize(w, self.options.group_size)
             self.changes.replace(module, weight, self.source)
 
     # ---- a block's parts
@@ -238,46 +244,68 @@ class _Work:
         weights: dict[str, Tensor],
         moments: dict[str, Tensor],
         modules: dict[str, nn.Module],
-    ) -> None:
-        where = self.blocks.names[number]
-        if stage.fold is None:
-            self.changes.kept(f"{where}.{stage.layers[0]}", f"not scaled: {stage.why}")
-            return
-        if stage.fold.rows is not None and stage.fold.module not in weights:
-            self.changes.kept(f"{where}.{stage.layers[0]}", f"not scaled: {stage.fold.module} is not quantised")
-            return
-        h = moments[stage.layers[0]]
-        s, left = awq.search(
-            [weights[name] for name in stage.layers], h, self.options.group_size, ties=stage.fold.rows
-        )
-        if left >= 1:
-            return
-        real = folding.apply(stage.fold, s, modules, self.changes.change, weights)
+    ) -> Tensor:
+        """Search and fold the scales of a stage; they are 1 where nothing can take them over."""
+        first = stage.layers[0]
+        h, fold, why = moments[first], stage.fold, stage.why
+        if fold is not None and fold.rows is not None and fold.module not in weights:
+            fold, why = None, f"{fold.module} is not quantised"
+        if fold is None:
+            self.changes.kept(f"{self.blocks.names[number]}.{first}", f"not scaled: {why}")
+            return torch.ones(h.shape[0], device=h.device)
+        s = awq.search([weights[name] for name in stage.layers], h, self.options.group_size, ties=fold.rows)
+        real = folding.apply(fold, s, modules, self.changes.change, weights)
         for name in stage.layers:
-            weights[name].mul_(real)
-            self._set(modules[name], weights[name])
-        moments[stage.layers[0]] = h / real / real[:, None]
+            self._set(modules[name], weights[name].mul_(real))
+        return real
+
+    def _problem(
+        self,
+        number: int,
+        stage: folding.Stage,
+        weights: dict[str, Tensor],
+        exact: nn.Module | None,
+        scales: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weights of a stage that are to be rounded, [N, K], and the second moments of its inputs as they are
+        now."""
+        first = stage.layers[0]
+        where = f"{self.blocks.names[number]}.{first}"
+        w = torch.cat([weights[name] for name in stage.layers])
+        total, cross = _Moments(), _Moments()
+        module = self.blocks.modules[number].get_submodule(first)
+        if exact is None:
+            self.blocks.watch(number, module, total.add)
+            return w, total.mean(where)
+
+        def both(given: Tensor, meant: Tensor) -> None:
+            total.add(given)
+            cross.add(meant if scales is None else meant / scales, given)
+
+        self.blocks.watch_both(number, module, exact, exact.get_submodule(first), both)
+        h = total.mean(where)
+        return corrected(w, h, cross.mean(where), self.options.correction), h
+
+    def _round(self, w: Tensor, h: Tensor) -> Int4Weight:
+        options = self.options
+        if self.compensating:
+            return gptq.quantize(w, h, options.group_size, order=options.order, damping=options.damping)
+        return awq.quantize(w, h, options.group_size)
 
     def _moments(self, number: int, layers: list[str]) -> dict[str, Tensor]:
         """Of several layers' inputs, from one pass."""
         block = self.blocks.modules[number]
         sums = {name: _Moments() for name in layers}
         with hooked([(block.get_submodule(name), sums[name].add_input) for name in layers]):
-            for _ in self.blocks.run(number):
-                pass
+            for index in range(len(self.blocks.batches)):
+                self.blocks.call(number, index)
         return {name: sums[name].mean(f"{self.blocks.names[number]}.{name}") for name in layers}
-
-    def _moments_at(self, number: int, module: nn.Module) -> Tensor:
-        """Of one layer's inputs, from a pass up to it."""
-        total = _Moments()
-        self.blocks.until(number, module, total.add)
-        return total.mean(self.blocks.names[number])
-
-    def _put(self, module: nn.Module, weight: Int4Weight) -> None:
-        self._set(module, dequantized(weight))
 
     def _set(self, module: Any, w: Tensor) -> None:
         self.changes.change(module.weight, w.T if isinstance(module, Conv1D) else w)
+
+
+_NEVER = "rounded to nearest: the calibration text never reaches it"
 
 
 class _Moments:
@@ -287,12 +315,13 @@ class _Moments:
         self.total: Tensor | None = None
         self.count = 0
 
-    def add(self, x: Tensor) -> None:
-        """x: [..., K]."""
+    def add(self, x: Tensor, other: Tensor | None = None) -> None:
+        """x: [..., K]. other: x's shape; with it the moments are mean(x other^T)."""
         rows = x.detach().flatten(0, -2).float()
+        columns = rows if other is None else other.detach().flatten(0, -2).float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)
+        self.total.addmm_(rows.T, columns)
         self.count += len(rows)
 
     def add_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

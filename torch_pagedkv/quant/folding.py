@@ -173,7 +173,11 @@ class _Twin:
             for handle in handles:
                 handle.remove()
         return {
-            first: name for first in firsts if first in given for name, output in outputs if _is_same(output, given[first])
+            first: name
+            for first in firsts
+            if first in given
+            for name, output in outputs
+            if _is_same(output, given[first])
         }
 
     def keeps(self, fold: Fold, stage: Stage) -> bool:
@@ -210,9 +214,7 @@ class _Twin:
                 return rows
         return None
 
-    def _proportional(
-        self, source: str, layer: str, plain: Tensor, first: int, piece: int, n: int
-    ) -> Tensor | None:
+    def _proportional(self, source: str, layer: str, plain: Tensor, first: int, piece: int, n: int) -> Tensor | None:
         """Scales outputs first .. first + piece: which of them each input follows, -1: none. None: something that they
         change is not proportional to them."""
         number = torch.arange(piece, device=plain.device)

@@ -31,7 +31,12 @@ _BLOCK = 128
 
 @torch.no_grad()
 def quantize(
-    weight: Tensor, moments: Tensor, group_size: int = 128, *, order: Order = "static", damping: float = 0.01
+    weight: Tensor,
+    moments: Tensor,
+    group_size: int = 128,
+    *,
+    order: Order = "static",
+    damping: float = 0.01,
 ) -> Int4Weight:
     """Round a layer's weight so that its outputs change least on inputs with these second moments.
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 #: numbers in a tensor that are worked on at a time: bounds the memory beside the weight
-_AT_ONCE = 1 << 24
+_AT_ONCE = 1 << 18
 #: the ends of a range, as shares of the group's own lowest and highest entry
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
-_COARSE = (1.0, 0.9, 0.8, 0.7)
+_FINE = tuple((low, high) for low in _SHARES for high in _SHARES)
+_COARSE = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.7, 0.7))
 
 
 @dataclass(frozen=True)
@@ -70,24 +71,23 @@ def search_groups(w: Tensor, moments: Tensor, coarse: bool = False) -> Grids:
     rows = max(1, _AT_ONCE // max(1, w.shape[0] * w.shape[2]))
     for first in range(0, w.shape[1], rows):
         part = slice(first, first + rows)
-        scale, zero = _search(w[:, part], moments, _COARSE if coarse else _SHARES)
+        scale, zero = _search(w[:, part], moments, _COARSE if coarse else _FINE)
         scales[part], zeros[part] = scale.T, zero.T
     return Grids(scales, zeros)
 
 
-def _search(w: Tensor, moments: Tensor, shares: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def _search(w: Tensor, moments: Tensor, shares: tuple[tuple[float, float], ...]) -> tuple[Tensor, Tensor]:
     """[G, N] scales and zeros."""
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     half = bool(((high - low).amax() / 15 <= torch.finfo(torch.float16).max).item())
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.full_like(low, 8)
-    for a in shares:
-        for b in shares:
-            scale, zero = _grid(low * a, high * b, half)
-            error = _error(w, moments, scale, zero)
-            better = error < best
-            best = torch.where(better, error, best)
-            scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+    for below, above in shares:
+        scale, zero = _grid(low * below, high * above, half)
+        error = _error(w, moments, scale, zero)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
     return scales, zeros
 
 
