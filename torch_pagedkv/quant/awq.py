@@ -19,7 +19,8 @@ from . import grids
 from .formats import Int4Weight
 from .gptq import stored
 
-_STEPS = 20
+_STEPS = 12  # exponents that are tried, with and without the weights' own sizes
+_ROWS = 1024  # outputs that are looked at: of more, as many, evenly spread
 
 
 @torch.no_grad()
@@ -60,6 +61,8 @@ def search(weights: Sequence[Tensor], moments: Tensor, group_size: int = 128, *,
         float32 [K]; 1 if no others are better.
     """
     w, h = torch.cat([weight.float() for weight in weights]), moments.float()
+    if len(w) > _ROWS:
+        w = w[torch.linspace(0, len(w) - 1, _ROWS, device=w.device).round().long()]
     size = w.shape[1] if group_size == -1 else min(group_size, w.shape[1])
     ones = torch.ones(w.shape[1], device=w.device)
     inputs, columns = _tied(h.diagonal().sqrt(), ties), _tied(_sizes(w, size), ties)

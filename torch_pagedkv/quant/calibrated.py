@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -112,6 +113,9 @@ def run(
     """
     name, modules = find(model, set(layers))
     kept = _Kept(folder, model, layers, ids, options) if folder is not None else None
+    if options.correction and not all(map(folding.is_copyable, modules)):
+        changes.kept(name, "errors of earlier layers are not made up for: something else is bound to a module of it")
+        options = dataclasses.replace(options, correction=0.0)
     blocks = Blocks(model, name, modules, ids, offload, exact=options.correction > 0)
     work = _Work(model, layers, options, changes, blocks, head_dim)
     with hf_logging.tqdm(total=len(blocks), desc=f"{options.method}, blocks", unit="block") as bar:

@@ -69,7 +69,7 @@ def tokens(
             if tokenizer is None:
                 raise ValueError("tokenizer: got None, needs the model's to turn calibration text into token ids")
             texts = _texts(calibration)
-            begin = _begin(tokenizer)
+            begin = first_tokens(tokenizer)
             ids = (tokenizer(text).input_ids for text in texts)
         found = _cut(ids, samples, length, begin)
     if found.numel() < _LEAST:
@@ -150,7 +150,7 @@ def _default() -> list[str]:
         raise ValueError(f"calibration: no default text ({error}); give text of your own") from error
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def first_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of every text."""
     one, other = tokenizer("a").input_ids, tokenizer("b").input_ids
     bos = getattr(tokenizer, "bos_token_id", None)

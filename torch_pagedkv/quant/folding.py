@@ -9,6 +9,7 @@ known factors. What was found is tried on a copy of the block before it is used.
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,11 @@ class Stage:
     layers: tuple[str, ...]
     fold: Fold | None = None
     why: str = ""
+
+
+def is_copyable(block: nn.Module) -> bool:
+    """False if somebody has put a plain function on one of the modules: a copy would run the original through it."""
+    return not any(isinstance(vars(module).get("forward"), types.FunctionType) for module in block.modules())
 
 
 def matrix(module: Any) -> Tensor:
@@ -107,6 +113,8 @@ def find(blocks: Blocks, number: int, found: list[Stage], head_dim: int, shared:
         head_dim: size of an attention head: fused projections are looked through in pieces of it.
         shared: ids of parameters that more than one module has, which must not change.
     """
+    if not is_copyable(blocks.modules[number]):
+        return [Stage(stage.layers, None, "something else is bound to a module of its block") for stage in found]
     twin = _Twin(blocks, number)
     norms = twin.norms(found)
     out: list[Stage] = []
@@ -287,7 +295,7 @@ def apply(
     """Divide what comes out of `fold.module` by scales.
 
     Args:
-        scales: float32 [K].
+        scales: [K], float32 or wider; of inputs that follow one output they are equal.
         modules: of the block.
         change: (parameter, its new value), which may be rounded to the parameter's dtype.
         weights: float32 matrices that stand for the weights of linear layers, changed in place.
@@ -298,21 +306,21 @@ def apply(
     module: Any = modules[fold.module]
     bias = module._parameters.get("bias")
     if fold.rows is None:
-        old = module.weight.detach().float() + fold.offset
+        old = module.weight.detach().to(scales.dtype) + fold.offset
         change(module.weight, old / scales - fold.offset)
-        new = module.weight.detach().float() + fold.offset
+        new = module.weight.detach().to(scales.dtype) + fold.offset
         real = torch.where((new == 0) | (old == 0), torch.ones_like(old), old / new)
         if bias is not None:
-            change(bias, bias.detach().float() / real)
+            change(bias, bias.detach().to(scales.dtype) / real)
         return real
-    count = matrix(module).shape[0]
-    by_row = torch.ones(count, device=scales.device)
+    by_row = torch.ones(matrix(module).shape[0], dtype=scales.dtype, device=scales.device)
     followed = fold.rows >= 0
     by_row[fold.rows[followed]] = scales[followed]
-    divided = matrix(module).float() / by_row[:, None]
     if weights is not None and fold.module in weights:
         divided = weights[fold.module].div_(by_row[:, None])
+    else:
+        divided = matrix(module).to(scales.dtype) / by_row[:, None]
     change(module.weight, divided.T if isinstance(module, Conv1D) else divided)
     if bias is not None:
-        change(bias, bias.detach().float() / by_row)
+        change(bias, bias.detach().to(scales.dtype) / by_row)
     return scales
