@@ -105,9 +105,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     given = calibration.tokens(
         texts, tokenizer, vocabulary=len(tokenizer), samples=args.samples, length=length, longest=longest
     )
-    rows: list[dict[str, Any]] = [
-        {"method": "float", "perplexity": perplexity(model, ids, args.window, begin), "seconds": None}
-    ]
+    rows: list[dict[str, Any]] = []
+
+    def measured(method: str, quantised: Any, seconds: float | None) -> None:
+        rows.append(
+            {"method": method, "perplexity": perplexity(quantised, ids, args.window, begin), "seconds": seconds}
+        )
+        tqdm.write(f"{TITLES[method]}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+
+    measured("float", model, None)
     for method in args.methods:
         twin = copy.deepcopy(model)
         began = time.perf_counter()
@@ -124,9 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise models.UserError(str(error)) from error
         seconds = time.perf_counter() - began
-        rows.append(
-            {"method": method, "perplexity": perplexity(twin, ids, args.window, begin), "seconds": round(seconds, 1)}
-        )
+        measured(method, twin, round(seconds, 1))
         del twin
     by_method = {row["method"]: row["perplexity"] for row in rows}
     gap = by_method.get("int4", math.nan) - by_method["float"]

@@ -20,7 +20,7 @@ from .formats import Int4Weight
 from .gptq import stored
 
 _STEPS = 12  # exponents that are tried, with and without the weights' own sizes
-_ROWS = 1024  # outputs that are looked at: of more, as many, evenly spread
+_ROWS = 512  # outputs that are looked at: of more, as many, evenly spread
 
 
 @torch.no_grad()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +78,22 @@ class Blocks:
         rows = next(r for r in range(min(rows, len(ids)), 0, -1) if len(ids) % r == 0)
         self.batches = list(ids.to(self.device).split(rows))
         self._calls: list[list[_Call]] = [[] for _ in self.modules]  # block -> for each batch, or one for all
-        self._record(offload, exact)
+        self._offload = offload
+        self._record(exact)
 
     def __len__(self) -> int:
         return len(self.modules)
 
     # ---- recording
 
-    def _record(self, offload: str | Path | None, exact: bool) -> None:
+    def _record(self, exact: bool) -> None:
         first, outputs = self._pass(self.batches[0], len(self.modules))
         self._check(first, outputs)
-        calls = [first]
         second = self._pass(self.batches[1], len(self.modules))[0] if len(self.batches) > 1 else first
         # batches of one length have equal masks and positions; a model that gives its blocks more is recorded whole
         own = [not _same(a.others, b.others) for a, b in zip(first, second)]
-        self._hidden = _Store(len(self.batches), first[0].hidden, offload)
-        self._meant = _Store(len(self.batches), first[0].hidden, offload) if exact else None
+        self._hidden = _Store(len(self.batches), first[0].hidden, self._offload)
+        self._meant = _Store(len(self.batches), first[0].hidden, self._offload) if exact else None
         for index, batch in enumerate(self.batches):
             calls = first if index == 0 else self._pass(batch, len(self.modules) if any(own) else 1)[0]
             self._hidden[index] = calls[0].hidden
@@ -155,23 +157,48 @@ class Blocks:
             args, kwargs = _cast(args, x.dtype), _cast(kwargs, x.dtype)
         return _first((module or self.modules[block])(*args, **kwargs))
 
-    def watch(self, block: int, module: nn.Module, see: Callable[[Tensor], None]) -> None:
-        """Runs the block for every batch up to the first call of one of its modules; `see` gets that call's input."""
+    def watch(self, block: int, module: nn.Module, see: Callable[[int, Tensor], None]) -> None:
+        """Runs the block for every batch up to the first call of one of its modules; `see` gets the batch's number and
+        that call's input."""
         for index in range(len(self.batches)):
-            see(self._until(block, index, module, None, None))
+            see(index, self._until(block, index, module))
 
-    def watch_both(
-        self, block: int, module: nn.Module, exact: nn.Module, twin: nn.Module, see: Callable[[Tensor, Tensor], None]
-    ) -> None:
-        """As `watch`; `see` gets the input in the float model too, whose block is `exact` with the module `twin`."""
+    def look_ahead(self, block: int, modules: Mapping[str, nn.Module]) -> dict[str, Sequence[Tensor]]:
+        """Takes the float model's hidden states through a block that is still float.
+
+        Args:
+            modules: of the block.
+
+        Returns:
+            what each of these was given (in its first call) for each batch. A module that was not called in every
+            batch, or not with equal shapes, is left out.
+        """
         assert self._meant is not None
-        for index in range(len(self.batches)):
-            given = self._until(block, index, module, None, None)
-            see(given, self._until(block, index, twin, exact, self._meant[index]))
+        seen: dict[str, Tensor] = {}
+        kept: dict[str, _Store] = {}
+        odd: set[str] = set()
 
-    def _until(
-        self, block: int, index: int, stop: nn.Module, module: nn.Module | None, hidden: Tensor | None
-    ) -> Tensor:
+        def watch(name: str) -> Callable[..., None]:
+            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen.setdefault(name, input_of(args, kwargs))
+
+            return before
+
+        with hooked([(module, watch(name)) for name, module in modules.items()]):
+            for index in range(len(self.batches)):
+                seen.clear()
+                self._meant[index] = self.call(block, index, hidden=self._meant[index])
+                for name in modules:
+                    x = seen.get(name)
+                    if x is None or (name in kept and x.shape != kept[name].like.shape):
+                        odd.add(name)
+                        continue
+                    if name not in kept:
+                        kept[name] = _Store(len(self.batches), x, self._offload)
+                    kept[name][index] = x
+        return {name: store for name, store in kept.items() if name not in odd}
+
+    def _until(self, block: int, index: int, stop: nn.Module) -> Tensor:
         seen: list[Tensor] = []
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,12 +206,11 @@ class Blocks:
             raise _Enough
 
         with hooked([(stop, before)]), contextlib.suppress(_Enough):
-            self.call(block, index, module, hidden)
+            self.call(block, index)
         return seen[0]
 
-    def advance(self, block: int, exact: nn.Module | None) -> None:
-        """Hidden states in front of the next block, with the block as it is now; with `exact`, the float block, those
-        of the float model too.
+    def advance(self, block: int) -> None:
+        """Hidden states in front of the next block, with the block as it is now.
 
         Raises:
             ValueError: they are NaN or infinite.
@@ -194,8 +220,6 @@ class Blocks:
             if not bool(torch.isfinite(output).all()):
                 raise ValueError(f"{self.names[block]} gives NaN or infinite numbers once it is quantised")
             self._hidden[index] = output
-            if self._meant is not None:
-                self._meant[index] = self.call(block, index, exact, self._meant[index])
 
     def sample(self) -> Tensor:
         """Hidden states of the first batch."""
@@ -242,7 +266,7 @@ class _Call:
 
     @property
     def hidden(self) -> Tensor:
-        return self._args[0] if self._key == 0 else self._kwargs[self._key]
+        return self._kwargs[self._key] if isinstance(self._key, str) else self._args[0]
 
     @property
     def others(self) -> tuple[Any, ...]:
@@ -256,7 +280,7 @@ class _Call:
         return (hidden, *self._args[1:]) if self._key == 0 else self._args
 
     def kwargs(self, hidden: Tensor | None) -> dict[str, Any]:
-        return self._kwargs if self._key == 0 else {**self._kwargs, self._key: hidden}
+        return {**self._kwargs, self._key: hidden} if isinstance(self._key, str) else self._kwargs
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -279,22 +303,31 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-class _Store:
-    """A list of tensors of one shape, on a device or on disk; they come back on the device they were on."""
+class _Store(Sequence[Tensor]):
+    """A list of tensors of one shape, on a device or on disk; they come back on the device they were on.
+
+    Attributes:
+        like: a tensor of that shape on the meta device.
+    """
 
     def __init__(self, count: int, like: Tensor, where: str | Path | None) -> None:
         self._device, self._shape = like.device, (count, *like.shape)
+        self.like = like.to("meta")
         if where is None or where == "cpu":
             self._all = torch.empty(self._shape, dtype=like.dtype, device="cpu" if where == "cpu" else like.device)
         else:
             Path(where).mkdir(parents=True, exist_ok=True)
             size = functools.reduce(int.__mul__, self._shape)
-            file = Path(where) / "hidden-states.bin"
-            file.unlink(missing_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=where, prefix="hidden-states-")
+            os.close(descriptor)
+            file = Path(name)
             self._all = torch.from_file(str(file), shared=True, size=size, dtype=like.dtype).view(self._shape)
             file.unlink()  # mapped: gone from the disk when nobody needs it any more
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
         return self._all[index].to(self._device)
 
     def __setitem__(self, index: int, value: Tensor) -> None:

@@ -13,12 +13,10 @@ and a run that was broken off goes on from the blocks that are there.
 from __future__ import annotations
 
 import collections
-import copy
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,9 +111,6 @@ def run(
     """
     name, modules = find(model, set(layers))
     kept = _Kept(folder, model, layers, ids, options) if folder is not None else None
-    if options.correction and not all(map(folding.is_copyable, modules)):
-        changes.kept(name, "errors of earlier layers are not made up for: something else is bound to a module of it")
-        options = dataclasses.replace(options, correction=0.0)
     blocks = Blocks(model, name, modules, ids, offload, exact=options.correction > 0)
     work = _Work(model, layers, options, changes, blocks, head_dim)
     with hf_logging.tqdm(total=len(blocks), desc=f"{options.method}, blocks", unit="block") as bar:
@@ -165,9 +160,9 @@ class _Work:
         block, names = self.blocks.modules[number], self.inside(number)
         modules = dict(block.named_modules())
         self.changes.begin([modules[name] for name in names])
-        exact = self._exact(number)
         weights = {name: folding.matrix(modules[name]).float().clone() for name in names}
         stages = folding.stages(block, names, lambda: self.blocks.call(number, 0))
+        meant = self._look_ahead(number, {stage.layers[0]: modules[stage.layers[0]] for stage in stages})
         scales: dict[str, Tensor] = {}
         if self.scaling and stages:
             stages = folding.find(self.blocks, number, stages, self.head_dim, self.shared)
@@ -177,7 +172,7 @@ class _Work:
         results: dict[str, Int4Weight] = {}
         for stage in stages:
             first = stage.layers[0]
-            w, h = self._problem(number, stage, weights, exact, scales.get(first))
+            w, h = self._problem(number, stage, weights, meant.get(first), scales.get(first))
             parts = [len(weights[name]) for name in stage.layers]
             for name, part in zip(stage.layers, _split(self._round(w, h), parts)):
                 results[name] = part
@@ -189,11 +184,11 @@ class _Work:
                 self._set(modules[name], dequantized(results[name]))
         folded = {
             f"{fold.module}.{leaf}": parameter.detach()
-            for fold in (stage.fold for stage in stages if stage.fold is not None)
+            for fold in [stage.fold for stage in stages if stage.fold is not None]
             for leaf, parameter in modules[fold.module]._parameters.items()
             if parameter is not None and not (leaf == "weight" and fold.module in results)
         }
-        self._finish(number, results, exact)
+        self._finish(number, results)
         return results, folded
 
     def take(self, number: int, results: dict[str, Int4Weight], folded: dict[str, Tensor]) -> None:
@@ -201,21 +196,21 @@ class _Work:
         block = self.blocks.modules[number]
         modules = dict(block.named_modules())
         self.changes.begin([modules[name] for name in self.inside(number)])
-        exact = self._exact(number)
+        self._look_ahead(number, {})
         for path, value in folded.items():
             self.changes.change(block.get_parameter(path), value)
         for name, weight in results.items():
             self._set(modules[name], dequantized(weight))
-        self._finish(number, results, exact)
+        self._finish(number, results)
 
-    def _exact(self, number: int) -> nn.Module | None:
-        """The block as it is, to see what it gives the next one in the float model."""
-        return copy.deepcopy(self.blocks.modules[number]) if self.options.correction else None
+    def _look_ahead(self, number: int, modules: dict[str, nn.Module]) -> Mapping[str, Sequence[Tensor]]:
+        """What these modules of a block, still float, are given in the float model."""
+        return self.blocks.look_ahead(number, modules) if self.options.correction else {}
 
-    def _finish(self, number: int, results: dict[str, Int4Weight], exact: nn.Module | None) -> None:
+    def _finish(self, number: int, results: dict[str, Int4Weight]) -> None:
         block = self.blocks.modules[number]
         if number + 1 < len(self.blocks):
-            self.blocks.advance(number, exact)
+            self.blocks.advance(number)
         for name, weight in results.items():
             self.changes.replace(block.get_submodule(name), weight, self.source)
 
@@ -253,7 +248,8 @@ class _Work:
         first = stage.layers[0]
         h, fold, why = moments[first], stage.fold, stage.why
         if fold is not None and fold.rows is not None and fold.module not in weights:
-            fold, why = None, f"{fold.module} is not quantised"
+            why = f"{fold.module} is not quantised"
+            fold = None
         if fold is None:
             self.changes.kept(f"{self.blocks.names[number]}.{first}", f"not scaled: {why}")
             return torch.ones(h.shape[0], device=h.device)
@@ -268,7 +264,7 @@ class _Work:
         number: int,
         stage: folding.Stage,
         weights: dict[str, Tensor],
-        exact: nn.Module | None,
+        meant: Sequence[Tensor] | None,
         scales: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The weights of a stage that are to be rounded, [N, K], and the second moments of its inputs as they are
@@ -277,18 +273,15 @@ class _Work:
         where = f"{self.blocks.names[number]}.{first}"
         w = torch.cat([weights[name] for name in stage.layers])
         total, cross = _Moments(), _Moments()
-        module = self.blocks.modules[number].get_submodule(first)
-        if exact is None:
-            self.blocks.watch(number, module, total.add)
-            return w, total.mean(where)
 
-        def both(given: Tensor, meant: Tensor) -> None:
+        def see(index: int, given: Tensor) -> None:
             total.add(given)
-            cross.add(meant if scales is None else meant / scales, given)
+            if meant is not None:
+                cross.add(meant[index] if scales is None else meant[index] / scales, given)
 
-        self.blocks.watch_both(number, module, exact, exact.get_submodule(first), both)
+        self.blocks.watch(number, self.blocks.modules[number].get_submodule(first), see)
         h = total.mean(where)
-        return corrected(w, h, cross.mean(where), self.options.correction), h
+        return (w if meant is None else corrected(w, h, cross.mean(where), self.options.correction)), h
 
     def _round(self, w: Tensor, h: Tensor) -> Int4Weight:
         options = self.options
@@ -439,7 +432,7 @@ class _Kept:
 def _probe(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[Tensor]:
     """Some of each layer's numbers."""
     for module in layers.values():
-        yield folding.matrix(module)[:: max(1, module.weight.shape[0] // 8), :64].float()  # type: ignore[index, operator, union-attr]
+        yield folding.matrix(module)[:: max(1, module.weight.shape[0] // 8), :64].float()  # type: ignore[index]
 
 
 def _digest(tensors: Iterator[Tensor] | list[Tensor]) -> str:

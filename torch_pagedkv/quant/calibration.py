@@ -74,7 +74,7 @@ def tokens(
         found = _cut(ids, samples, length, begin)
     if found.numel() < _LEAST:
         raise ValueError(
-            f"calibration: got {found.numel()} tokens in whole sequences of {length}, needs at least {_LEAST} "
+            f"calibration: got {found.numel()} tokens in whole sequences of {found.shape[1]}, needs at least {_LEAST} "
             f"({SAMPLES * LENGTH} are better)"
         )
     if int(found.min()) < 0 or int(found.max()) >= vocabulary:

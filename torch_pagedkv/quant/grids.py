@@ -14,10 +14,10 @@ from torch import Tensor
 
 #: numbers in a tensor that are worked on at a time: bounds the memory beside the weight
 _AT_ONCE = 1 << 18
-#: the ends of a range, as shares of the group's own lowest and highest entry
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7, 0.62, 0.54)
+#: the ends of a range, as shares of the group's own lowest and highest entry
 _FINE = tuple((low, high) for low in _SHARES for high in _SHARES)
-_COARSE = ((1.0, 1.0), (0.9, 0.9), (0.8, 0.8), (0.7, 0.7))
+_COARSE = ((1.0, 1.0), (0.85, 0.85))
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Grids:
     """w = scale * (q - zero), q in 0..15, for each output and group.
 
     Attributes:
-        scales: float32 [N, G], all numbers of float16 where its range does (`exponent range`), above 0.
+        scales: float32 [N, G], above 0; numbers of float16, unless its range does not do.
         zeros: float32 [N, G], whole, 1..15. (0 has no place in GPTQ's first format.)
     """
 
