@@ -73,8 +73,8 @@ def test_no_begin_where_the_tokenizer_has_none() -> None:
         ([1, "a"], TypeError, "several kinds"),
         (torch.zeros(3, 4), ValueError, r"got a tensor \[3, 4\] of torch.float32"),
         (torch.zeros(2000, dtype=torch.long), ValueError, r"needs token ids \[S, T\]"),
-        (torch.full((60, 40), -1), ValueError, "got token ids -1"),
-        (torch.full((60, 40), 96), ValueError, "needs 0 .. 95"),
+        (torch.full((60, 60), -1), ValueError, "got token ids -1"),
+        (torch.full((60, 60), 96), ValueError, "needs 0 .. 95"),
         (torch.zeros(10, 500, dtype=torch.long), ValueError, "the model takes 256"),
     ],
 )
