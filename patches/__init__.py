@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def patch(model: PreTrainedModel, config: PagedConfig | None = None, **options: 
         log.undo()
         _tell_of_weights(model, config)
         raise
-    vars(model)[_STATE] = _State(log, config)
+    vars(model)[_STATE] = _State(log, dataclasses.replace(config, calibration=None, tokenizer=None))
     return model
 
 

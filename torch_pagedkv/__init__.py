@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .config import PagedConfig
     from .kv.cache import PagedCache
     from .patches import patch, report, unpatch
+    from .patches.weights import quantize
     from .quant.gguf import from_gguf
     from .quant.linear import Int4Linear
     from .quant.loading import from_pretrained
@@ -47,6 +48,7 @@ __all__ = [
     "from_pretrained",
     "ops",
     "patch",
+    "quantize",
     "report",
     "unpatch",
 ]
@@ -58,6 +60,7 @@ _LAZY = {
     "from_gguf": ".quant.gguf",
     "from_pretrained": ".quant.loading",
     "patch": ".patches",
+    "quantize": ".patches.weights",
     "report": ".patches",
     "unpatch": ".patches",
 }

@@ -32,6 +32,7 @@ OPTIONAL = {  # package -> what it is for and the extra that installs it
 
 FORWARDED = {  # commands that parse their own options, so that `env` starts without what they import
     "demo": ("torch_pagedkv.evals.demo", "stock and patched generate() side by side"),
+    "quantize": ("torch_pagedkv.quant.command", "quantise a model to 4 bits and save it as a checkpoint"),
     "bench": ("torch_pagedkv.evals.kernels", "time the operators"),
     "eval": ("torch_pagedkv.evals.harness", "lm-eval on stock and patched variants of a model"),
     "report": ("torch_pagedkv.evals.report", "a page and a picture of what eval measured"),

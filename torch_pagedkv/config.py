@@ -45,8 +45,13 @@ class PagedConfig:
         fuse_layers: decoder layers of the usual form as one function that calls the kernels behind each other, without
             the modules in between, unless somebody hooked them.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
-            output and group of inputs (round-to-nearest: no data needed). None leaves them as they were loaded, also
-            if that is in 4 bits.
+            output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and, best, "awq+gptq" do it
+            with calibration data: slower to make, as fast to run, much less is lost. None leaves them as they were
+            loaded, also if that is in 4 bits.
+        calibration: for these: a list of texts, a path to a file of text, token ids (a tensor [S, T] or a list of
+            lists), or None: passages of Wikipedia, downloaded in a Python package. Never the text of an evaluation.
+            (`torch_pagedkv.quantize` has more options.)
+        tokenizer: for calibration text; None: the one that lies where the model came from.
         group_size: inputs in such a group, a multiple of 32; -1: all. The last group of a layer may be short.
         quantize_head: round the language head with them. One that is tied to the embedding gets 4-bit numbers of its
             own: more memory, but fewer bytes to read for each token.
@@ -68,7 +73,9 @@ class PagedConfig:
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
     fuse_layers: Fuse = "auto"
-    weights: Literal["int4"] | None = None
+    weights: Literal["int4", "awq", "gptq", "awq+gptq"] | None = None
+    calibration: Any = None
+    tokenizer: Any = None
     group_size: int = 128
     quantize_head: bool = False
     keep_original: bool = False
@@ -85,7 +92,10 @@ class PagedConfig:
             raise ValueError(f"memory_fraction: got {self.memory_fraction!r}, needs a number in (0, 1]")
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
-        _one_of("weights", self.weights, (None, "int4"))
+        _one_of("weights", self.weights, (None, "int4", "awq", "gptq", "awq+gptq"))
+        for name in ("calibration", "tokenizer"):
+            if getattr(self, name) is not None and self.weights in (None, "int4"):
+                raise ValueError(f"{name}: got one, but weights={self.weights!r} needs no calibration data")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AwqConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -257,17 +257,32 @@ def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
 
 
 class Rounded(Int4Quantizer):
-    """Of a model that was quantised here. Saves it in GPTQ's first format, which every reader knows, unless a zero is
-    0: that one it stores as -1, which some readers take for 0 and others for 16. The second format has no such case."""
+    """Of a model that was quantised here. As GPTQ it is saved in the first format, which every reader knows, unless a
+    zero is 0: that one it stores as -1, which some readers take for 0 and others for 16. The second format has no such
+    case."""
 
     @classmethod
-    def of(cls, group_size: int, lm_head: bool = False) -> Rounded:
-        """For round-to-nearest with groups of `group_size` inputs; `lm_head`: the language head is 4-bit too."""
-        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=False, lm_head=lm_head))
+    def of(cls, group_size: int, lm_head: bool = False, *, act_order: bool = False, awq: bool = False) -> Rounded:
+        """For groups of `group_size` inputs.
+
+        Args:
+            lm_head: the language head is 4-bit too.
+            act_order: inputs are not in order of their groups.
+            awq: save as AWQ, which has a place for neither of these, nor for a short last group.
+        """
+        if awq:
+            return cls(AwqConfig(bits=4, group_size=group_size, zero_point=True))
+        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=act_order, lm_head=lm_head))
 
     def _form(self, model: PreTrainedModel) -> formats.Format:
+        configs = (self.quantization_config, model.config.quantization_config)  # a patched model has a copy
+        if self.recipe.form is FORMATS["awq"]:
+            left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Int4Linear)]
+            for config in configs:
+                config.modules_to_not_convert = left or None
+            return self.recipe.form
         zero = any(m.zeros is not None and bool((m.zeros == 0).any()) for _, m in int4_layers(model))
         form = FORMATS["gptq_v2" if zero else "gptq"]
-        for config in (self.quantization_config, model.config.quantization_config):  # a patched model has a copy
+        for config in configs:
             config.format = form.name
         return form

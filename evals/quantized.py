@@ -1,0 +1,203 @@
+"""What 4-bit weights cost: perplexity of a model as it is, rounded to nearest, and calibrated.
+
+    python -m torch_pagedkv.evals.quantized --model ... --text FILE --calibration FILE [FILE ...] [--json FILE]
+
+Each method quantises the float model anew, on the same calibration data, and the result runs on the 4-bit kernels.
+Given are the perplexity of the text, the share of the loss of rounding to nearest that is made up for,
+
+    gap closed    (RTN - method) / (RTN - float)
+
+and the seconds that quantising took. The text is cut in windows; each begins with the tokenizer's <bos>, if it has one,
+and every token of the text is predicted once. With ``--separator`` files are sets of documents; evaluation and
+calibration may be of one file then: shuffled, the first documents are the text, the others the calibration data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import torch_pagedkv
+from torch_pagedkv.cli import positive
+from torch_pagedkv.quant import calibrated, calibration
+
+from . import command, machine, models, render
+
+METHODS = ("int4", *calibrated.METHODS)
+TITLES = {"float": "float", "int4": "RTN", "awq": "AWQ", "gptq": "GPTQ", "awq+gptq": "AWQ+GPTQ"}
+
+
+def documents(file: Path, separator: str | None) -> list[str]:
+    """The texts of a file.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise models.UserError(f"cannot read {file} as UTF-8: {error}") from error
+    parts = [part.strip() for part in text.split(separator)] if separator else [text]
+    parts = [part for part in parts if part.strip()]
+    if not parts:
+        raise models.UserError(f"{file} is empty")
+    return parts
+
+
+def data(args: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, list[str]]:
+    """The ids of the text, [tokens], and what to calibrate with: no document is in both."""
+    texts = documents(args.text, args.separator)
+    same = any(file.resolve() == args.text.resolve() for file in args.calibration)
+    if same and len(texts) < 2:
+        raise models.UserError("--calibration: the file is the text that is evaluated; give --separator to divide it")
+    if same:
+        random.Random(0).shuffle(texts)
+    ids: list[int] = []
+    used = 0
+    while used < len(texts) and len(ids) < args.skip_tokens + args.tokens:
+        ids += tokenizer(texts[used]).input_ids
+        used += 1
+    ids = ids[args.skip_tokens : args.skip_tokens + args.tokens]
+    other = [file for file in args.calibration if file.resolve() != args.text.resolve()]
+    theirs = [part for file in other for part in documents(file, args.separator)]
+    theirs += texts[used + args.reserve :] if same else []
+    kept = set(texts[: used + args.reserve])
+    if not ids or not theirs:
+        raise models.UserError(f"--tokens: {args.text.name} is too short for this many, or nothing is left of it")
+    return torch.tensor(ids), [text for text in theirs if text not in kept]
+
+
+@torch.no_grad()
+def perplexity(model: Any, ids: Tensor, window: int, begin: list[int]) -> float:
+    """Of a text [tokens], in windows of `window` tokens, `begin` in front of each."""
+    total, count = 0.0, 0
+    for piece in tqdm(ids.split(window), desc="perplexity", leave=False, disable=None):
+        given = torch.cat([torch.tensor(begin, dtype=torch.int64), piece])[:-1].to(model.device)
+        logits = model(input_ids=given[None], use_cache=False).logits[0]
+        wanted = piece.to(model.device)[-len(given) :]
+        # a part at a time: float32 logits of a large vocabulary are large
+        for some, right in zip(logits[-len(wanted) :].split(256), wanted.split(256)):
+            total += float(torch.nn.functional.cross_entropy(some.float(), right, reduction="sum"))
+        count += len(wanted)
+    return math.exp(total / count)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure every method."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model, tokenizer = models.load(args.model, args.device, args.dtype)
+    ids, texts = data(args, tokenizer)
+    begin = calibration.first_tokens(tokenizer)
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(args.length, longest or args.length)
+    given = calibration.tokens(
+        texts, tokenizer, vocabulary=len(tokenizer), samples=args.samples, length=length, longest=longest
+    )
+    rows: list[dict[str, Any]] = []
+
+    def measured(method: str, quantised: Any, seconds: float | None) -> None:
+        rows.append(
+            {"method": method, "perplexity": perplexity(quantised, ids, args.window, begin), "seconds": seconds}
+        )
+        tqdm.write(f"{TITLES[method]}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+
+    measured("float", model, None)
+    for method in args.methods:
+        twin = copy.deepcopy(model)
+        began = time.perf_counter()
+        try:
+            settings = {"order": args.order, "damping": args.damping, "correction": args.correction}
+            torch_pagedkv.quantize(
+                twin,
+                method,
+                calibration=None if method == "int4" else given,
+                group_size=args.group_size,
+                samples=len(given),
+                **settings,
+            )
+        except (TypeError, ValueError) as error:
+            raise models.UserError(str(error)) from error
+        seconds = time.perf_counter() - began
+        measured(method, twin, round(seconds, 1))
+        del twin
+    by_method = {row["method"]: row["perplexity"] for row in rows}
+    gap = by_method.get("int4", math.nan) - by_method["float"]
+    for row in rows:
+        closed = (by_method["int4"] - row["perplexity"]) / gap if "int4" in by_method and gap > 0 else None
+        row["gap_closed"] = closed if row["method"] not in ("float", "int4") else None
+    return {
+        "eval": "quantized",
+        "model": command.model_name(args.model),
+        "dtype": next(name for name, dtype in models.DTYPES.items() if dtype == model.dtype),
+        "group_size": args.group_size,
+        "window": args.window,
+        "tokens": len(ids),
+        "text": args.text.name,
+        "calibration": {"files": [file.name for file in args.calibration], "sequences": list(given.shape)},
+        "options": {"order": args.order, "damping": args.damping, "correction": args.correction},
+        "machine": machine.describe(model.device, args.argv),
+        "methods": rows,
+        "failures": [],
+    }
+
+
+def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
+    """The result as one table."""
+    name = f"{result['model']}, {result['dtype']}, groups of {result['group_size']}"
+    rows = [["4-bit weights", "perplexity", "gap closed", "quantised in, s"]]
+    for row in result["methods"]:
+        closed = "-" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}%"
+        seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        title = TITLES.get(row["method"], row["method"])
+        rows.append([f"{name}: {title}", f"{row['perplexity']:.2f}", closed, seconds])
+    return {"quantized": rows}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Declare the options."""
+    top = argparse.ArgumentParser(
+        prog="python -m torch_pagedkv.evals.quantized", description=(__doc__ or "").splitlines()[0]
+    )
+    add: Callable[..., Any] = top.add_argument
+    add("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
+    add("--text", type=Path, required=True, metavar="FILE", help="to evaluate")
+    add("--calibration", type=Path, required=True, nargs="+", metavar="FILE", help="to calibrate with")
+    add("--separator", metavar="TEXT", help="between the documents of all these files")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("--group-size", type=int, default=128, metavar="N", help="default: %(default)s")
+    add("--window", type=positive, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
+    add("--tokens", type=positive, default=8192, metavar="N", help="of the text (default: %(default)s)")
+    add("--skip-tokens", type=int, default=0, metavar="N", help="of the text, at its beginning")
+    add("--reserve", type=int, default=0, metavar="N", help="documents behind the text that nobody sees, for tuning")
+    add("--samples", type=positive, default=calibration.SAMPLES, metavar="N", help="default: %(default)s")
+    add("--length", type=positive, default=calibration.LENGTH, metavar="N", help="default: %(default)s")
+    add("--order", choices=("static", "dynamic", "none"), default="static", help="of GPTQ (default: %(default)s)")
+    add("--damping", type=float, default=0.01, metavar="X", help="of GPTQ (default: %(default)s)")
+    add("--correction", type=float, default=0.5, metavar="X", help="0 .. 1 (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    add("--dtype", choices=models.DTYPES, help="default: fp32 on cpu, bf16 on cuda")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
+    top.set_defaults(argv=None)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return command.main(parser(), run, tables, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
