@@ -36,8 +36,8 @@ struct AttentionParams {
 
   // In front of launch_prefill, rows that no sequence owns or that see no key hold 0 and -inf already; launch_decode
   // and launch_simt fill them themselves.
-  void* out;   // [T, Hq, D] contiguous
-  float* lse;  // [T, Hq] natural log, or null
+  void* out;       // [T, Hq, D] contiguous
+  float* lse;      // [T, Hq] natural log, or null
   int* next_item;  // launch_prefill: a counter that holds 0 then; launch_fill writes it
 
   int num_seqs, num_heads, num_kv_heads, head_dim, num_tokens;

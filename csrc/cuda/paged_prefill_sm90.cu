@@ -41,9 +41,11 @@ bool has_wgmma() {
 
 bool launch_sm90(const Params& p, ScalarType dtype, KVType kv, cudaStream_t stream) {
   const AttentionParams& a = p.a;
-  if (!kEnabled || kv != KVType::kSame || a.head_dim <= 32 || !p.q_vectors || !a.next_item || !has_wgmma()) return false;
+  if (!kEnabled || kv != KVType::kSame || a.head_dim <= 32 || !p.q_vectors || !a.next_item || !has_wgmma())
+    return false;
   // Two bounds on the row tiles of a KV head: sequences own disjoint rows, and none has more than max_query_len tokens
-  const int64_t tiles = std::min(int64_t(a.num_tokens) * p.group / kRows + a.num_seqs, int64_t(a.num_seqs) * p.row_tiles);
+  const int64_t tiles =
+      std::min(int64_t(a.num_tokens) * p.group / kRows + a.num_seqs, int64_t(a.num_seqs) * p.row_tiles);
   const unsigned grid = unsigned(std::min<int64_t>(tiles * a.num_kv_heads, current_device().sms));
   auto launch = [&]<class T>(T) {
     const auto bucket = a.head_dim <= 64    ? sm90::launch_bucket<T, 64>

@@ -1,11 +1,11 @@
 // Attention of many query rows over a paged or dense 16-bit KV cache on Hopper's tensor cores (wgmma, sm_90a). What
-// paged_prefill.cuh does by mma.sync, for head_dim 33 .. 256, without 8-bit caches and with a query aligned to 16 bytes;
-// the rest stays there, and so do all other GPUs.
+// paged_prefill.cuh does by mma.sync, for head_dim 33 .. 256, without 8-bit caches and with a query aligned to 16
+// bytes; the rest stays there, and so do all other GPUs.
 //
-// Algorithm: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608) over pages. Work item: kRows = 128 query rows of one
-// sequence and one KV head, the heads that share it packed as rows (row = token * group + head in group). Keys are
-// walked upwards in tiles of kKeys from key 0, with an online softmax; tiles that no row sees are not visited, only those
-// that an edge crosses are masked.
+// Algorithm: FlashAttention-3 (Shah et al., 2024, arXiv:2407.08608) over pages. Work item: kRows = 128 query rows of
+// one sequence and one KV head, the heads that share it packed as rows (row = token * group + head in group). Keys are
+// walked upwards in tiles of kKeys from key 0, with an online softmax; tiles that no row sees are not visited, only
+// those that an edge crosses are masked.
 //
 // A CTA stays on its SM and takes items from a counter in global memory until there are no more: those of the first
 // sequence first, in it the last rows first, which under a causal mask have most keys, KV heads side by side. Three
@@ -22,8 +22,8 @@
 // copies have landed, `empty` by a lane of each of the 8 consumer warps. The item travels with Q. cp.async writes
 // through the generic proxy and wgmma reads through the asynchronous one: consumers fence after each `full`.
 //
-// Registers: 56 a thread for the producer, 224 for the consumers, which hold O (kDim / 2), S (kKeys / 2) and P (kKeys /
-// 4). Rows of S are a lane's own but for 4 lanes, its columns packed to 16 bit are the A operand of P V as they stand.
+// Registers: 40 a thread for the producer, 232 for the consumers, which hold O (kDim / 2), S (kKeys / 2) and P (kKeys /
+// 4). A row of S lies in 4 lanes; packed to 16 bit it is the A operand of P V as it stands.
 //
 // Floor: 4 * rows * keys * head_dim flops (half of it when causal) at the 790 TFLOP/s of an H200's dense bf16. Each
 // item reads its keys through L2: 4 * kDim bytes a key for 512 * kDim flops a key, 5 TB/s at 640 TFLOP/s.
@@ -39,14 +39,14 @@ struct Shape {
   static constexpr int kDim = kDim_;
   static_assert(kDim == 64 || kDim == 128 || kDim == 256);
   static constexpr int kKeys = kDim > 128 ? 64 : 128;
-  static constexpr int kStages = kDim > 64 ? 2 : 4;
+  static constexpr int kStages = kDim > 128 ? 2 : kDim > 64 ? 3 : 4;
   static constexpr int kConsumers = 2;  // warpgroups
   static_assert(64 * kConsumers == kRows);
   static constexpr int kThreads = 128 * (1 + kConsumers);
 
-  static constexpr int kChunks = kDim / 8;          // 16-byte chunks in a row, one for each lane of a copy
-  static constexpr int kCopyRows = 32 / kChunks;    // rows that a warp copies at once
-  static constexpr int kQBlock = kRows * 128;       // bytes of 64 columns
+  static constexpr int kChunks = kDim / 8;        // 16-byte chunks in a row, one for each lane of a copy
+  static constexpr int kCopyRows = 32 / kChunks;  // rows that a warp copies at once
+  static constexpr int kQBlock = kRows * 128;     // bytes of 64 columns
   static constexpr int kKvBlock = kKeys * 128;
   static constexpr int kQBytes = kQBlock * (kDim / 64);
   static constexpr int kTileBytes = kKvBlock * (kDim / 64);
@@ -437,6 +437,7 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
       if (tile == last_tile) release(barriers.q_empty);
       k_ring.advance();
       softmax(tile, holes);
+      wgmma::hold(sum[0] + sum[1]);  // or nothing would run under P V
       wgmma::wait<0>();
       wgmma::pin(out);
       wgmma::pin(s);
@@ -453,8 +454,8 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
     release(barriers.v_empty[v_ring.index]);
     v_ring.advance();
 
-    // Normalise and write. The sink is one more term of the sum; a row that saw nothing, since no page exists, becomes 0
-    // and -inf. Neighbouring lanes trade halves, so that each row gets whole sectors of 32 bytes.
+    // Normalise and write. The sink is one more term of the sum; a row that saw nothing, since no page exists, becomes
+    // 0 and -inf. Neighbouring lanes trade halves, so that each row gets whole sectors of 32 bytes.
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float total = sum[h];

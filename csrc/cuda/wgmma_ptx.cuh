@@ -7,8 +7,8 @@ namespace pagedkv::wgmma {
 
 // products ------------------------------------------------------------------------------------------------------------
 //
-// d is float32 [64, N]: of lane l of warp w, d[4j + 2h + i] is row 16 w + l / 4 + 8 h, column 8 j + 2 (l % 4) + i. The A
-// operand in registers has the layout of two such 8-column groups, packed: a[2 c + h] for column group c.
+// d is float32 [64, N]: of lane l of warp w, d[4j + 2h + i] is row 16 w + l / 4 + 8 h, column 8 j + 2 (l % 4) + i. The
+// A operand in registers has the layout of two such 8-column groups, packed: a[2 c + h] for column group c.
 
 // Before the first product, and whenever registers that a product will read or add to were written.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -25,13 +25,23 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// What follows comes after the computation of x, which must be >= 0 or NaN. To ptxas a wait depends on nothing but what
+// was issued: it moves it up in front of the arithmetic that was to run under the products, as far as the last branch.
+// Here is one, never taken.
+__device__ __forceinline__ void hold(float x) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\nvote.sync.any.pred p, p, 0xffffffff;\n@!p bra done;\n"
+      "hold:\nnanosleep.u32 99;\nbra hold;\ndone:\n}" ::"f"(x)
+      : "memory");
+}
+
 #define PAGEDKV_R10(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define PAGEDKV_R30 PAGEDKV_R10() PAGEDKV_R10(1) PAGEDKV_R10(2)
 #define PAGEDKV_R60 PAGEDKV_R30 PAGEDKV_R10(3) PAGEDKV_R10(4) PAGEDKV_R10(5)
 #define PAGEDKV_R120 \
   PAGEDKV_R60 PAGEDKV_R10(6) PAGEDKV_R10(7) PAGEDKV_R10(8) PAGEDKV_R10(9) PAGEDKV_R10(10) PAGEDKV_R10(11)
-#define PAGEDKV_F8(o)                                                                                               \
+#define PAGEDKV_F8(o)                                                                                     \
   "+f"(d[(o)]), "+f"(d[(o) + 1]), "+f"(d[(o) + 2]), "+f"(d[(o) + 3]), "+f"(d[(o) + 4]), "+f"(d[(o) + 5]), \
       "+f"(d[(o) + 6]), "+f"(d[(o) + 7])
 #define PAGEDKV_F32(o) PAGEDKV_F8(o), PAGEDKV_F8((o) + 8), PAGEDKV_F8((o) + 16), PAGEDKV_F8((o) + 24)
@@ -40,18 +50,16 @@ __device__ __forceinline__ void pin(float (&d)[N]) {
 
 // A and B from shared memory, both K-major; d is overwritten where !add.
 #define PAGEDKV_WGMMA_SS(n, type, registers, a, b, s, operands)                                                     \
-  asm volatile(                                                                                                     \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-      " {" registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                                       \
-      : operands                                                                                                    \
-      : "l"(a_descriptor), "l"(b_descriptor), "r"(int(add)))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
+               "." type " {" registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                     \
+               : operands                                                                                           \
+               : "l"(a_descriptor), "l"(b_descriptor), "r"(int(add)))
 // d += A B: A from registers, B [k, n] MN-major.
 #define PAGEDKV_WGMMA_RS(n, type, registers, a0, a1, a2, a3, b, s, operands)                                        \
-  asm volatile(                                                                                                     \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type \
-      " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 1;\n}"                         \
-      : operands                                                                                                    \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(1))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
+               "." type " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 1;\n}"       \
+               : operands                                                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(1))
 
 template <class T, int N>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
@@ -132,11 +140,10 @@ __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity)
   const uint32_t address = smem_address(&barrier);
   uint32_t done;
   do {
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(address), "r"(parity)
+                 : "memory");
   } while (!done);
 }
 // What other threads wrote to shared memory by ordinary stores or cp.async, and a barrier has made visible to this one,

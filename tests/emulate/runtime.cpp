@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
-#include <wgmma_ptx.cuh>
 
 #include <algorithm>
 #include <deque>
@@ -18,6 +17,7 @@
 #include <random>
 #include <string>
 #include <vector>
+#include <wgmma_ptx.cuh>
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/common_interface_defs.h>
@@ -61,13 +61,13 @@ struct Fiber {
   bool done = false;
   const long* waits_for = nullptr;  // a counter that has to move on from `at`
   long at = 0;
-  std::deque<std::vector<Copy>> groups;  // cp.async, committed
-  std::vector<Copy> open;                // not yet committed
+  std::deque<std::vector<Copy>> groups;                          // cp.async, committed
+  std::vector<Copy> open;                                        // not yet committed
   std::deque<std::pair<std::vector<Copy>, uint64_t*>> arrivals;  // at an mbarrier, after these copies
   std::deque<std::vector<Product>> product_groups;               // wgmma, committed
   std::vector<Product> products;                                 // not yet committed
-  bool unfenced = false;  // has waited for what others wrote, and the asynchronous proxy may not see it yet
-  void* fake_stack = nullptr;            // AddressSanitizer's
+  bool unfenced = false;       // has waited for what others wrote, and the asynchronous proxy may not see it yet
+  void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
 struct Warp {
@@ -542,7 +542,8 @@ Mbarrier& as_mbarrier(uint64_t& barrier) { return reinterpret_cast<Mbarrier&>(ba
 uint16_t tile_element(uint64_t descriptor, bool transposed, int mn, int k) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, leading = uint32_t(descriptor >> 16 & 0x3fff) << 4,
                  stride = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) fail("wgmma of descriptor %016lx: not emulated", descriptor);
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0)
+    fail("wgmma of descriptor %016lx: not emulated", descriptor);
   uint32_t at = transposed ? start + mn / 64 * leading + mn % 64 * 2 + k % 8 * 128 + k / 8 * stride
                            : start + mn % 8 * 128 + mn / 8 * stride + k * 2;
   at ^= (at >> 7 & 7) << 4;
@@ -587,7 +588,8 @@ void run_groups(int pending) {
   while (int(lanes[0].product_groups.size()) > pending) {
     const std::vector<Product> group = lanes[0].product_groups[0];
     for (size_t i = 0; i < group.size(); ++i)
-      (group[i].half ? run_products<__half> : run_products<__nv_bfloat16>)(lanes, thread / kWarp % 4 * 16, group[i], 0, i);
+      (group[i].half ? run_products<__half> : run_products<__nv_bfloat16>)(lanes, thread / kWarp % 4 * 16, group[i], 0,
+                                                                           i);
     for (int l = 0; l < kWarp; ++l) lanes[l].product_groups.pop_front();
   }
 }

@@ -37,6 +37,9 @@ void wait() {
 }
 template <int N>
 void pin(float (&)[N]) {}
+inline void hold(float x) {
+  if (x < 0) emulate::fail("hold of %g", x);
+}
 
 template <class T, int N>
 void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {

@@ -214,7 +214,7 @@ def layouts(device: str) -> bool:
                     wrong = (out[:, 0] != wanted).nonzero()
                     r, c = (int(x) for x in wrong[0])
                     print(
-                        f"  layout {dtype} d {d} tile {tile}, {what}s: WRONG, {len(wrong)} elements, from row {r} col {c}"
+                        f"  layout {dtype} d {d} tile {tile}, {what}s: WRONG, {len(wrong)} elements, at row {r} col {c}"
                     )
                     print(f"      rows {spread(wrong[:, 0])}, columns {spread(wrong[:, 1])}")
                     print(f"      row {r}: got    {[float(x) for x in out[r, 0, :24]]}")
