@@ -58,6 +58,7 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, co
   const int64_t items = row_tiles * p.num_kv_heads;
   plan.splits = int(std::min<int64_t>(num_splits, std::max<int64_t>(1, max_tiles)));  // more would be empty
   plan.max_items = items;
+  plan.sms = current_device().sms;
   plan.ctas = int(std::clamp<int64_t>(items * max_tiles, 1, ctas));
   const int64_t slots = plan.splits == 0 ? 2 * int64_t(plan.ctas) : plan.splits == 1 ? 0 : items * plan.splits;
   plan.counters = int(plan.splits == 0 ? plan.ctas : plan.splits == 1 ? 0 : items);

@@ -27,6 +27,7 @@ namespace pagedkv {
 
 constexpr int kRowTile = 16;
 constexpr int kKeyTile = 64;
+constexpr int kFullTiles = 4;   // a second CTA on a multiprocessor is worth its part of a merge from so many units each
 constexpr int kWholeTiles = 4;  // items of at most this many units are never split by the planned mode
 
 struct Cut {
@@ -44,6 +45,7 @@ struct Plan {
   int64_t max_items;   // fixed mode: items that the workspace has room for
   int counters;
   int ctas;
+  int sms;
   int splits;  // 0: planned
 };
 
@@ -185,6 +187,7 @@ __device__ __forceinline__ Totals make_cuts(const AttentionParams& p, const Plan
   }
   const int64_t all = total.units;
   int64_t used = max(int64_t(1), min(int64_t(plan.ctas), all));
+  if (plan.splits == 0) used = min(used, max(int64_t(plan.sms), all / kFullTiles));
   if (plan.splits == 0 && all > 0 && total.longest * total.items == all) {
     const int64_t each = quotient(total.items + used - 1, used);  // items a CTA
     const int64_t even = each == 1 ? quotient(used, total.items) * total.items : quotient(total.items, each);
