@@ -296,6 +296,7 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
     wgmma::pin(out);
   };
   auto release = [&](uint64_t& barrier) {
+    __syncwarp();  // every lane has read `holes`
     if (lane == 0) wgmma::barrier_arrive(barrier);
   };
 
@@ -370,7 +371,8 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
             if (word >> place<S::kCopyRows>(r) & 1) s[4 * n + i] = s[4 * n + 2 + i] = kNegInf;
           }
       }
-      // `top` follows the maximum only when that grew by more than 2^8, so that most tiles leave `out` alone
+      // `top` is the maximum itself: the largest term is 1, which rounding leaves alone. Tiles that move no maximum leave
+      // `out` alone.
       grown = false;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -379,7 +381,7 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
         for (int n = 1; n < kKeys / 8; ++n) x = fmaxf(x, fmaxf(s[4 * n + 2 * h], s[4 * n + 2 * h + 1]));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
         x = fmaxf(x, __shfl_xor_sync(~0u, x, 2)) * p.exp2_scale;
-        const bool grows = x > top[h] + 8.f;
+        const bool grows = x > top[h];
         factor[h] = grows ? exp2_fast(top[h] - x) : 1.f;
         if (grows) top[h] = x;
         grown |= grows;
