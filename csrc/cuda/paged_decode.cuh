@@ -86,8 +86,8 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first,
 #pragma unroll
     for (int i = 0; i < 8; i += kRows) {
       const uint32_t to = target + swizzle<kChunks>(i + r, c) * 16;
-      cp_async<16>(to, first, true);
-      cp_async<16>(to + 8 * kChunks * 16, second, true);  // the swizzle repeats every 8 rows
+      cp_async_stream(to, first);
+      cp_async_stream(to + 8 * kChunks * 16, second);  // the swizzle repeats every 8 rows
       first += kRows * row_stride, second += kRows * row_stride;
     }
   } else {

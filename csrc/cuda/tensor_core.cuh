@@ -35,6 +35,10 @@ __device__ __forceinline__ void cp_async(uint32_t target, const void* source, bo
                  : "memory");
   }
 }
+// 16 bytes of what is read once, in rows of 128 bytes or more: L2 fetches 128 at a time.
+__device__ __forceinline__ void cp_async_stream(uint32_t target, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {

@@ -391,6 +391,9 @@ inline void cp_async_cg_shared_global(uint32_t target, const void* source, int s
   if (size != 16) fail("cp.async.cg of %d bytes: only 16 exist", size);
   cp_async(target, source, size, bytes);
 }
+inline void cp_async_cg_shared_global_L2_128B(uint32_t target, const void* source, int size) {
+  cp_async_cg_shared_global(target, source, size, size);
+}
 inline void cp_async_ca_shared_global(uint32_t target, const void* source, int size, int bytes) {
   if (size != 4 && size != 8 && size != 16) fail("cp.async.ca of %d bytes: only 4, 8 and 16 exist", size);
   cp_async(target, source, size, bytes);

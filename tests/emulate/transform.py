@@ -107,7 +107,7 @@ def assembly(text: str) -> str:
         end = closing(text, match.end() - 1)
         statement, sections = text[match.start() : end], split(text[match.end() : end], ":")
         code = "".join(re.findall(r'"([^"]*)"', sections[0]))
-        parsed = re.fullmatch(r"\s*([a-z][\w.]*)\s*([^;]*);\s*", code)
+        parsed = re.fullmatch(r"\s*([a-z][\w.:]*)\s*([^;]*);\s*", code)
         operands = [
             re.fullmatch(r'"[^"]*"\s*\((.*)\)', operand, re.S)
             for section in sections[1:3]
@@ -119,7 +119,8 @@ def assembly(text: str) -> str:
             operands[int(token[1:])].group(1) if token.startswith("%") else token  # type: ignore[union-attr]
             for token in re.findall(r"%\d+|\b\d+\b", parsed.group(2))
         ]
-        new = f"emulate::ptx::{parsed.group(1).replace('.', '_')}({', '.join(arguments)});"
+        name = re.sub(r"[.:]+", "_", parsed.group(1))
+        new = f"emulate::ptx::{name}({', '.join(arguments)});"
         text = text[: match.start()] + padded(new, statement) + text[end + 2 :]
     return text
 
