@@ -32,7 +32,7 @@ import torch_pagedkv
 from torch_pagedkv.cli import positive
 from torch_pagedkv.quant import calibrated, calibration
 
-from . import command, machine, models, render
+from . import command, machine, models, quantized_peers, render
 
 METHODS = ("int4", *calibrated.METHODS)
 TITLES = {"float": "float", "int4": "RTN", "awq": "AWQ", "gptq": "GPTQ", "awq+gptq": "AWQ+GPTQ"}
@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every method."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    peers = quantized_peers.version() if args.peers else None
     model, tokenizer = models.load(args.model, args.device, args.dtype)
     ids, texts = data(args, tokenizer)
     begin = calibration.first_tokens(tokenizer)
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(
             {"method": method, "perplexity": perplexity(quantised, ids, args.window, begin), "seconds": seconds}
         )
-        tqdm.write(f"{TITLES[method]}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+        tqdm.write(f"{TITLES.get(method, method)}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
 
     measured("float", model, None)
     for method in args.methods:
@@ -132,6 +133,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         measured(method, twin, round(seconds, 1))
         del twin
+    for title, peer in quantized_peers.METHODS.items() if args.peers else ():
+        twin = copy.deepcopy(model)
+        began = time.perf_counter()
+        try:
+            quantized_peers.quantize(twin, peer, given, args.group_size)
+        except Exception as error:  # theirs, whatever it is
+            tqdm.write(f"{title}: failed: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        measured(title, twin, round(time.perf_counter() - began, 1))
+        del twin
     by_method = {row["method"]: row["perplexity"] for row in rows}
     gap = by_method.get("int4", math.nan) - by_method["float"]
     for row in rows:
@@ -147,6 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "text": args.text.name,
         "calibration": {"files": [file.name for file in args.calibration], "sequences": list(given.shape)},
         "options": {"order": args.order, "damping": args.damping, "correction": args.correction},
+        "peers": {"llm-compressor": peers} if args.peers else {},
         "machine": machine.describe(model.device, args.argv),
         "methods": rows,
         "failures": [],
@@ -176,6 +188,7 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration", type=Path, required=True, nargs="+", metavar="FILE", help="to calibrate with")
     add("--separator", metavar="TEXT", help="between the documents of all these files")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("--peers", action="store_true", help="llm-compressor too (evals/quantized_peers.py says how)")
     add("--group-size", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--window", type=positive, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--tokens", type=positive, default=8192, metavar="N", help="of the text (default: %(default)s)")

@@ -156,9 +156,12 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run)
         quantizer.quantization_config.lm_head = isinstance(head, Int4Linear)
     else:
         # what save_pretrained writes
-        awq = config.weights == "awq" and all(_fits_awq(m, config.group_size) for _, m in layers)
-        order = config.weights != "awq" and run.order == "dynamic"
-        made = Rounded.of(config.group_size, isinstance(head, Int4Linear), act_order=order, awq=awq)
+        with_head = isinstance(head, Int4Linear)  # which AWQ's readers leave float
+        awq = config.weights == "awq" and not with_head and all(_fits_awq(m, config.group_size) for _, m in layers)
+        order = (
+            config.weights in calibrated.METHODS and calibrated.METHODS[config.weights][1] and run.order == "dynamic"
+        )
+        made = Rounded.of(config.group_size, with_head, act_order=order, awq=awq)
         marks.set_attribute(model, "hf_quantizer", made)
         marks.set_attribute(model.config, "quantization_config", made.quantization_config)
 

