@@ -20,7 +20,7 @@
 // Shared memory: Q [128, kDim], kStages of K and of V [kKeys, kDim], in the blocks of wgmma.cuh: K-major for Q and K,
 // and the same layout read as MN-major for V. Barriers: `full` is completed by the producer's 128 threads when their
 // copies have landed, `empty` by a lane of each of the 8 consumer warps. The item travels with Q. cp.async writes
-// through the generic proxy and wgmma reads through the asynchronous one: consumers fence after each `full`.
+// through the generic proxy and wgmma reads through the asynchronous one: a copying thread fences before it arrives.
 //
 // Registers: 40 a thread for the producer, 232 for the consumers, which hold O (kDim / 2), S (kKeys / 2) and P (kKeys /
 // 4). A row of S lies in 4 lanes; packed to 16 bit it is the A operand of P V as it stands.
@@ -172,6 +172,19 @@ __device__ __forceinline__ void produce(const Params& p, Barriers<S::kStages>& b
   const bool column = chunk < a.head_dim / 8;  // the rest of a row is zero
   const int64_t column_bytes = column ? chunk * 16 : 0;
 
+  // Copies of a tile are announced once those of the next are under way: they must have arrived, and been made visible
+  // to the tensor cores by the thread that made them, before it arrives at the barrier.
+  uint64_t* copying = nullptr;
+  auto announce = [&](uint64_t& barrier) {
+    cp_async_commit();
+    if (copying) {
+      cp_async_wait<1>();
+      wgmma::fence_async_proxy();
+      wgmma::barrier_arrive(*copying);
+    }
+    copying = &barrier;
+  };
+
   Cursor cursor;
   wgmma::Ring<S::kStages> k_ring, v_ring;
   uint32_t q_parity = 0;
@@ -195,8 +208,7 @@ __device__ __forceinline__ void produce(const Params& p, Barriers<S::kStages>& b
         if (leader) barriers.item = item;
         copy_tile<S, kRows>(q_tile, static_cast<const char*>(a.q) + column_bytes, offset, __ballot_sync(~0u, ok),
                             column, warp, lane);
-        wgmma::barrier_arrive_after_copies(barriers.q_full);
-        if (leader) wgmma::barrier_arrive(barriers.q_full);
+        announce(barriers.q_full);
       }
 
       // Lane l looks after one row of each tile. Keys that no row needs, pages that do not exist and rows outside of a
@@ -224,7 +236,7 @@ __device__ __forceinline__ void produce(const Params& p, Barriers<S::kStages>& b
         wgmma::barrier_wait(barriers.v_empty[v_ring.index], v_ring.parity ^ 1);
         copy_tile<S, S::kKeys>(v_tiles + v_ring.index * S::kTileBytes, v_base,
                                offset_of(tile, page, p.v_block, p.v_token), exist, column, warp, lane);
-        wgmma::barrier_arrive_after_copies(barriers.v_full[v_ring.index]);
+        announce(barriers.v_full[v_ring.index]);
         v_ring.advance();
       };
 
@@ -238,11 +250,8 @@ __device__ __forceinline__ void produce(const Params& p, Barriers<S::kStages>& b
         wgmma::barrier_wait(barriers.k_empty[k_ring.index], k_ring.parity ^ 1);
         copy_tile<S, S::kKeys>(k_tiles + k_ring.index * S::kTileBytes, k_base,
                                offset_of(tile, page, p.k_block, p.k_token), exist, column, warp, lane);
-        wgmma::barrier_arrive_after_copies(barriers.k_full[k_ring.index]);
-        if (lane == 0) {
-          reinterpret_cast<uint32_t*>(&barriers.holes[k_ring.index])[warp] = holes;
-          wgmma::barrier_arrive(barriers.k_full[k_ring.index]);
-        }
+        if (lane == 0) reinterpret_cast<uint32_t*>(&barriers.holes[k_ring.index])[warp] = holes;
+        announce(barriers.k_full[k_ring.index]);
         k_ring.advance();
         // The consumers want V of a tile only after K of the next
         if (tile > first_tile) copy_v(tile - 1, behind, behind_exist);
@@ -256,12 +265,12 @@ __device__ __forceinline__ void produce(const Params& p, Barriers<S::kStages>& b
     n = barriers.next[turn];
   }
 
+  cp_async_wait<0>();
+  wgmma::fence_async_proxy();
+  if (copying) wgmma::barrier_arrive(*copying);
   wgmma::barrier_wait(barriers.q_empty, q_parity ^ 1);
   if (leader) barriers.item.sequence = -1;
-  wgmma::barrier_arrive_after_copies(barriers.q_full);
-  if (leader) wgmma::barrier_arrive(barriers.q_full);
-  cp_async_commit();
-  cp_async_wait<0>();
+  wgmma::barrier_arrive(barriers.q_full);
 }
 
 template <class S, class T>
@@ -371,8 +380,8 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
             if (word >> place<S::kCopyRows>(r) & 1) s[4 * n + i] = s[4 * n + 2 + i] = kNegInf;
           }
       }
-      // `top` is the maximum itself: the largest term is 1, which rounding leaves alone. Tiles that move no maximum leave
-      // `out` alone.
+      // `top` is the maximum itself: the largest term is 1, which rounding leaves alone. Tiles that move no maximum
+      // leave `out` alone.
       grown = false;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -411,7 +420,6 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
     };
 
     wgmma::barrier_wait(barriers.k_full[k_ring.index], k_ring.parity);
-    wgmma::fence_async_proxy();
     uint4 holes = barriers.holes[k_ring.index];
     multiply_k(k_ring.index);
     wgmma::wait<0>();
@@ -425,12 +433,10 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
 #pragma unroll 1
     for (int tile = first_tile + 1; tile <= last_tile; ++tile) {
       wgmma::barrier_wait(barriers.k_full[k_ring.index], k_ring.parity);
-      wgmma::fence_async_proxy();
       holes = barriers.holes[k_ring.index];
       wgmma::named_sync(kTurnBarrier + group, 256);
       multiply_k(k_ring.index);
       wgmma::barrier_wait(barriers.v_full[v_ring.index], v_ring.parity);
-      wgmma::fence_async_proxy();
       multiply_v(v_ring.index);
       wgmma::named_arrive(kTurnBarrier + (group ^ 1), 256);
       wgmma::wait<1>();
@@ -449,7 +455,6 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S::kStages>& b
       pack();
     }
     wgmma::barrier_wait(barriers.v_full[v_ring.index], v_ring.parity);
-    wgmma::fence_async_proxy();
     multiply_v(v_ring.index);
     wgmma::wait<0>();
     wgmma::pin(out);
@@ -508,10 +513,10 @@ __global__ void __launch_bounds__(Shape<kDim>::kThreads, 1) prefill_sm90_kernel(
   const int warp = __shfl_sync(~0u, int(threadIdx.x >> 5), 0);  // tells the compiler that it is uniform
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * S::kConsumers;
-    wgmma::barrier_init(barriers.q_full, 128 + 1);
+    wgmma::barrier_init(barriers.q_full, 128);
     wgmma::barrier_init(barriers.q_empty, kWarps);
     for (int i = 0; i < S::kStages; ++i) {
-      wgmma::barrier_init(barriers.k_full[i], 128 + 4);
+      wgmma::barrier_init(barriers.k_full[i], 128);
       wgmma::barrier_init(barriers.k_empty[i], kWarps);
       wgmma::barrier_init(barriers.v_full[i], 128);
       wgmma::barrier_init(barriers.v_empty[i], kWarps);

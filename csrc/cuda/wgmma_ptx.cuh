@@ -131,10 +131,6 @@ __device__ __forceinline__ void barrier_init(uint64_t& barrier, int arrivals) {
 __device__ __forceinline__ void barrier_arrive(uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
 }
-// One of the expected arrivals, made once this thread's cp.async so far have landed.
-__device__ __forceinline__ void barrier_arrive_after_copies(uint64_t& barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
-}
 // Until the barrier's phase of this parity is complete. A new barrier counts as having completed one of parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity) {
   const uint32_t address = smem_address(&barrier);
@@ -146,8 +142,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity)
                  : "memory");
   } while (!done);
 }
-// What other threads wrote to shared memory by ordinary stores or cp.async, and a barrier has made visible to this one,
-// becomes visible to the products that this thread issues.
+// What this thread wrote to shared memory by ordinary stores, or by copies that have arrived, becomes visible to
+// products that are issued behind a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void named_sync(int id, int threads) {

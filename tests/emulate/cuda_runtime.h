@@ -69,6 +69,7 @@ enum cudaDeviceAttr {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion;
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
@@ -132,9 +133,6 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-struct cudaFuncAttributes {
-  int ptxVersion;
-};
 
 inline cudaError_t cudaGetLastError() { return emulate::last_error(); }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
@@ -153,15 +151,11 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 template <class... P>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
-  return *attributes = {48 << 10}, cudaSuccess;  // of a kernel that was compiled for this device
+  return *attributes = {48 << 10, 80}, cudaSuccess;  // compiled for this device, too old for launches that overlap
 }
 template <class... P>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
   return emulate::set_max_shared(reinterpret_cast<const void*>(kernel), bytes);
-}
-template <class... P>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(P...)) {
-  return *attributes = {80}, cudaSuccess;  // too old for launches that overlap
 }
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* c, void (*kernel)(P...), A&&... args) {

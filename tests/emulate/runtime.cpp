@@ -61,13 +61,12 @@ struct Fiber {
   bool done = false;
   const long* waits_for = nullptr;  // a counter that has to move on from `at`
   long at = 0;
-  std::deque<std::vector<Copy>> groups;                          // cp.async, committed
-  std::vector<Copy> open;                                        // not yet committed
-  std::deque<std::pair<std::vector<Copy>, uint64_t*>> arrivals;  // at an mbarrier, after these copies
-  std::deque<std::vector<Product>> product_groups;               // wgmma, committed
-  std::vector<Product> products;                                 // not yet committed
-  bool unfenced = false;       // has waited for what others wrote, and the asynchronous proxy may not see it yet
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  std::deque<std::vector<Copy>> groups;             // cp.async, committed
+  std::vector<Copy> open;                           // not yet committed
+  std::deque<std::vector<Product>> product_groups;  // wgmma, committed
+  std::vector<Product> products;                    // not yet committed
+  bool unfenced = false;                            // has copied, and the asynchronous proxy may not see it yet
+  void* fake_stack = nullptr;                       // AddressSanitizer's
 };
 
 struct Warp {
@@ -163,18 +162,10 @@ void complete(std::vector<Copy>& group) {
   group.clear();
 }
 
-// The oldest arrival of a thread that waits for copies.
-void arrive_late(Fiber& f) {
-  complete(f.arrivals.front().first);
-  mbarrier_arrive(*f.arrivals.front().second);
-  f.arrivals.pop_front();
-}
-
 __attribute__((noinline)) void run_thread() {
   (*kernel_body)();
   Fiber& self = fibers[thread];
-  if (!self.arrivals.empty() || !self.product_groups.empty() || !self.products.empty())
-    fail("thread ends before its copies or products");
+  if (!self.product_groups.empty() || !self.products.empty()) fail("thread ends before its products");
   for (auto& group : self.groups) complete(group);
   complete(self.open);
   self.done = true;
@@ -237,11 +228,6 @@ void run_fibers() {
   std::iota(lanes.begin(), lanes.end(), 0);
   std::shuffle(lanes.begin(), lanes.end(), engine);
   for (bool moved = true; barrier_live > 0;) {
-    for (int t = 0; t < thread_count; ++t)  // copies land late, and all of them when nobody has anything else to do
-      while (!fibers[t].arrivals.empty() && (!moved || engine() % 4 == 0)) {
-        arrive_late(fibers[t]);
-        if (!moved) moved = true;
-      }
     if (!moved) {
       std::string states;
       for (int t = 0; t < thread_count; t += kWarp) {
@@ -450,11 +436,10 @@ void cp_async_commit_group() {
 }
 void cp_async_wait_group(int pending) {
   auto& groups = fibers[thread].groups;
-  if (pending == 0)
-    while (!fibers[thread].arrivals.empty()) arrive_late(fibers[thread]);
   while (int(groups.size()) > pending) {
     complete(groups.front());
     groups.pop_front();
+    fibers[thread].unfenced = true;
   }
 }
 
@@ -596,10 +581,7 @@ void run_groups(int pending) {
 
 }  // namespace
 
-void wgmma_issue(const Product& product) {
-  if (fibers[thread].unfenced) fail("wgmma without fence.proxy.async since the last wait");
-  fibers[thread].products.push_back(product);
-}
+void wgmma_issue(const Product& product) { fibers[thread].products.push_back(product); }
 // As early as now or as late as the wait, by chance: the registers and the shared memory must do for both.
 void wgmma_commit() {
   Fiber& f = fibers[thread];
@@ -619,21 +601,12 @@ void mbarrier_init(uint64_t& barrier, int arrivals) {
 }
 void mbarrier_arrive(uint64_t& barrier) {
   Mbarrier& b = as_mbarrier(barrier);
+  if (fibers[thread].unfenced) fail("mbarrier.arrive without fence.proxy.async since a copy has landed");
   if (b.pending == 0 || b.pending > b.expected) fail("arrival at an mbarrier that expects none");
   if (--b.pending == 0) b.pending = b.expected, ++b.phase, ++mbarrier_phases;
 }
-void mbarrier_arrive_after_copies(uint64_t& barrier) {
-  Fiber& f = fibers[thread];
-  std::vector<Copy> copies;
-  for (auto& group : f.groups) copies.insert(copies.end(), group.begin(), group.end());
-  copies.insert(copies.end(), f.open.begin(), f.open.end());
-  f.groups.clear();
-  f.open.clear();
-  f.arrivals.push_back({std::move(copies), &barrier});
-}
 void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
   while ((as_mbarrier(barrier).phase & 1) == parity) wait(mbarrier_phases);
-  fibers[thread].unfenced = true;
 }
 void fence_async_proxy() { fibers[thread].unfenced = false; }
 

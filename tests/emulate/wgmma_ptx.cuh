@@ -20,7 +20,6 @@ void wgmma_wait(int pending);
 
 void mbarrier_init(uint64_t& barrier, int arrivals);
 void mbarrier_arrive(uint64_t& barrier);
-void mbarrier_arrive_after_copies(uint64_t& barrier);
 void mbarrier_wait(uint64_t& barrier, uint32_t parity);
 void fence_async_proxy();
 void named_barrier(int id, int threads, bool stay);
@@ -57,7 +56,6 @@ void give_registers() {}
 
 inline void barrier_init(uint64_t& barrier, int arrivals) { emulate::mbarrier_init(barrier, arrivals); }
 inline void barrier_arrive(uint64_t& barrier) { emulate::mbarrier_arrive(barrier); }
-inline void barrier_arrive_after_copies(uint64_t& barrier) { emulate::mbarrier_arrive_after_copies(barrier); }
 inline void barrier_wait(uint64_t& barrier, uint32_t parity) { emulate::mbarrier_wait(barrier, parity); }
 inline void fence_async_proxy() { emulate::fence_async_proxy(); }
 inline void named_sync(int id, int threads) { emulate::named_barrier(id, threads, true); }
