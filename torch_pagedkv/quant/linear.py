@@ -140,6 +140,17 @@ class Int4Linear(nn.Linear):
             return _WithGradient.apply(x, *weight, bias, self.run, self.in_features)
         return _linear(x, *weight, bias, self.run, self.in_features)
 
+    def activated(self, input: Tensor, activation: str) -> Tensor:
+        """activation(forward(input)) in one kernel, without a gradient; `activation` is one of `INT4_ACTIVATIONS`."""
+        device = input.device.type
+        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return ops.int4_linear(
+            x, *self.operands(), bias, group_size=self.run, in_features=self.in_features, activation=activation
+        )
+
     def requires_grad_(self, requires_grad: bool = True) -> Int4Linear:
         """Raises RuntimeError when a gradient is asked for: there is no parameter to have it."""
         if requires_grad:
@@ -276,10 +287,10 @@ class Joint:
         """[..., K] -> [..., N] of all parts, without a gradient."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        *weight, bias = self.operands()
+        packed, scales, zeros, offsets, perm, bias = self.operands()
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return _linear(x, *weight, bias, self.run, self.in_features)
+        return _linear(x, packed, scales, zeros, offsets, perm, bias, self.run, self.in_features)
 
 
 #: the buffers of an Int4Linear that hold something for each output -> the dimension of the outputs
