@@ -232,13 +232,21 @@ class Joint:
         return ""
 
     def _watch(self) -> None:
-        places = [(part._buffers, name) for part in self.parts for name in (*_JOINED, "perm")]
+        names = (*_JOINED, "perm")
         # an optional tensor comes or goes with the others, but for a bias
-        self._places = [(b, name) for b, name in places if b[name] is not None or name == "bias"]
-        self._tensors = [b[name] for b, name in self._places]
+        self._watched = [
+            (part, name, part._buffers[name])
+            for part in self.parts
+            for name in names
+            if part._buffers[name] is not None or name == "bias"
+        ]
+        self._places = [(part._buffers, name) for part, name, _ in self._watched]
+        self._tensors = [tensor for *_, tensor in self._watched]
 
     def is_current(self) -> bool:
         """False once a layer's tensors were replaced (`.to()`, for example): then `join` again."""
+        if torch.compiler.is_compiling():  # guards are on attributes of modules
+            return all(part._buffers.get(name) is tensor for part, name, tensor in self._watched)
         return all(map(operator.is_, [b.get(name) for b, name in self._places], self._tensors))
 
     def separate(self) -> None:
