@@ -16,6 +16,7 @@ file.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib
 import itertools
@@ -156,7 +157,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return Ours(model, options)
 
     for name, options in WAYS.items():
-        ways[name] = lambda options=options: ours(options)
+        ways[name] = functools.partial(ours, options)
     if file is not None:
         ways[FROM_FILE] = lambda: _from_file(file, device, args.dtype)
         if device == "cpu" and not models.is_missing("llama_cpp"):

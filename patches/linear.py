@@ -123,8 +123,8 @@ class FusedInt4:
 
     def is_current(self) -> bool:
         """True if the layers are joined; after a move (`.to()`) they are joined again."""
-        if torch.compiler.is_compiling():  # `refresh` was here before
-            return bool(self.joint.buffers)
+        if torch.compiler.is_compiling():  # `refresh` may have been here before
+            return self.joint.is_current()
         return self.joint.is_current() or not self.joint.join()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:

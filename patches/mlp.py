@@ -1,4 +1,6 @@
-"""Gated MLPs, down(act(gate(x)) * up(x)) -> `silu_and_mul` or `gelu_and_mul` between the projections."""
+"""Gated MLPs, down(act(gate(x)) * up(x)) -> `silu_and_mul` or `gelu_and_mul` between the projections. Plain ones,
+down(act(up(x))), of 4-bit layers -> the activation in the epilogue of `int4_linear`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.activation import ACTIVATIONS
+from ..quant.linear import Int4Linear
 from . import linear, match
 from .log import PatchLog
 
@@ -22,6 +25,14 @@ _LAYOUTS = (
     ("gate_proj", "up_proj", "down_proj"),
     ("w1", "w3", "w2"),
     ("gate_up_proj", "gate_up_proj", "down_proj"),
+)
+#: (up, down) children of a plain MLP
+_PLAIN_LAYOUTS = (
+    ("c_fc", "c_proj"),
+    ("fc1", "fc2"),
+    ("fc_in", "fc_out"),
+    ("up_proj", "down_proj"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
 )
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 #: activation -> the name of its op and the op
@@ -65,6 +76,27 @@ def gated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return getattr(self, spec.down)(GATED[spec.activation][1](gate_states, up_states))
 
 
+@dataclass(frozen=True)
+class PlainMLPSpec:
+    """Which children a plain MLP has, the attribute that is its activation, and which one that is."""
+
+    up: str
+    down: str
+    act: str
+    activation: str
+
+
+def plain_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    x = match.first_argument(args, kwargs)
+    spec: PlainMLPSpec = vars(self)["_pagedkv_plain_mlp"]
+    up, act = getattr(self, spec.up), self._modules.get(spec.act)
+    own = type(up) is Int4Linear and "forward" not in vars(up)
+    watched = match.has_hooks(up) or (act is not None and match.has_hooks(act))
+    if self.training or not own or watched or match.wants_grad(x):
+        return type(self).forward(self, x)
+    return getattr(self, spec.down)(up.activated(x, spec.activation))
+
+
 @torch.no_grad()
 def _activation_of(function: Callable[[Tensor], Tensor]) -> str | None:
     """The name of an activation, found by its values."""
@@ -91,6 +123,35 @@ def _spec(module: nn.Module) -> GatedMLPSpec | None:
     return None
 
 
+def _plain_spec(module: nn.Module) -> PlainMLPSpec | None:
+    name = next((n for n in _ACTIVATION_NAMES if callable(getattr(module, n, None))), None)
+    others = {n for n, child in module.named_children() if n != name and not isinstance(child, nn.Dropout)}
+    for up, down in _PLAIN_LAYOUTS:
+        if name is not None and {up, down} == others and type(getattr(module, up)) is Int4Linear:
+            activation = _activation_of(getattr(module, name))
+            return None if activation is None else PlainMLPSpec(up, down, name, activation)
+    return None
+
+
+def _fuse_plain(name: str, module: Any, spec: PlainMLPSpec, log: PatchLog) -> None:
+    cls: Any = type(module)
+    if match.is_bound_elsewhere(module) or not match.is_straight_line(cls):
+        log.kept(name, "mlp", "its forward branches, or something else is bound to it")
+        return
+    up: Int4Linear = getattr(module, spec.up)
+    scratch = PatchLog()
+    scratch.set_attribute(module, "_pagedkv_plain_mlp", spec)
+    scratch.bind(module, "forward", plain_forward)
+    with match.evaluating(module):
+        same = _reproduces(module, up.in_features, up.like)
+    if not same:
+        scratch.undo()
+        log.kept(name, "mlp", "the fused forward does not reproduce its numbers")
+        return
+    log.absorb(scratch)
+    log.runs(name, "mlp", f"int4_linear with {spec.activation}")
+
+
 @torch.no_grad()
 def _reproduces(module: Any, in_features: int, like: Tensor) -> bool:
     x = torch.randn(3, in_features, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
@@ -111,7 +172,10 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
         cls: Any = type(module)
         if not cls.__name__.endswith(("MLP", "FeedForward")):
             continue
-        spec = _spec(module)
+        spec, plain = _spec(module), _plain_spec(module)
+        if plain is not None:
+            _fuse_plain(name, module, plain, log)
+            continue
         if spec is None:
             log.kept(name, "mlp", "it is not gate, up and down projections with a known activation")
             continue

@@ -221,3 +221,23 @@ def test_prefixes_of_other_scales_are_forgotten() -> None:
     got = tiny.generate(model, inputs)
     model.paged_cache.reset()
     assert torch.equal(tiny.generate(model, inputs), got)
+
+
+def test_compiled_layers_that_were_replaced() -> None:
+    """A graph is made again when the tensors that it holds are no longer the layers'."""
+    model = torch_pagedkv.patch(tiny.make("qwen2"), weights="int4", group_size=32, attention=False)
+    ids, graphs = torch.arange(2, 26).view(2, 12), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        first = compiled(ids, use_cache=False).logits
+        assert torch.equal(first, model(ids, use_cache=False).logits)
+        assert graphs[0].count("torch_pagedkv.int4_linear") == 4 * model.config.num_hidden_layers
+        state = {k: t * 2 if k.endswith("scales") else t.clone() for k, t in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+        got, want = (each(ids, use_cache=False).logits for each in (compiled, model))
+    assert match.relative_error(got, want) < 2e-6 < match.relative_error(got, first)

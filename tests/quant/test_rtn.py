@@ -257,3 +257,23 @@ def test_quantising_the_head_later(tmp_path: Path) -> None:
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert isinstance(again.lm_head, Int4Linear)
     torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "falcon_gqa"])
+def test_activations_in_the_epilogue(family: str) -> None:
+    """Plain MLPs; whoever watches the activation is called."""
+    options = {"weights": "int4", "group_size": 32}
+    model = torch_pagedkv.patch(tiny.make(family), **options)
+    plain = torch_pagedkv.patch(tiny.make(family), fuse_mlp=False, **options)
+    ops = torch_pagedkv.report(model).replaced
+    assert sum(count for op, count in ops.items() if op.startswith("int4_linear with gelu")) == 2
+    want, got, calls = _logits(plain), _logits(model), []
+    assert float((got - want).norm() / want.norm()) < 2e-6
+    activation = next(m for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in ("act", "act_fn"))
+    handle = activation.register_forward_hook(lambda *_: calls.append(1))
+    assert float((_logits(model) - want).norm() / want.norm()) < 2e-6 and len(calls) == 1
+    handle.remove()
+    _logits(model)
+    assert len(calls) == 1
+    torch_pagedkv.unpatch(model)
+    assert float((_logits(model) - want).norm() / want.norm()) < 1e-5

@@ -140,6 +140,17 @@ class Int4Linear(nn.Linear):
             return _WithGradient.apply(x, *weight, bias, self.run, self.in_features)
         return _linear(x, *weight, bias, self.run, self.in_features)
 
+    def activated(self, input: Tensor, activation: str) -> Tensor:
+        """activation(forward(input)) in one kernel, without a gradient; `activation` is one of `INT4_ACTIVATIONS`."""
+        device = input.device.type
+        x = input.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else input
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return ops.int4_linear(
+            x, *self.operands(), bias, group_size=self.run, in_features=self.in_features, activation=activation
+        )
+
     def requires_grad_(self, requires_grad: bool = True) -> Int4Linear:
         """Raises RuntimeError when a gradient is asked for: there is no parameter to have it."""
         if requires_grad:
@@ -221,13 +232,21 @@ class Joint:
         return ""
 
     def _watch(self) -> None:
-        places = [(part._buffers, name) for part in self.parts for name in (*_JOINED, "perm")]
+        names = (*_JOINED, "perm")
         # an optional tensor comes or goes with the others, but for a bias
-        self._places = [(b, name) for b, name in places if b[name] is not None or name == "bias"]
-        self._tensors = [b[name] for b, name in self._places]
+        self._watched = [
+            (part, name, part._buffers[name])
+            for part in self.parts
+            for name in names
+            if part._buffers[name] is not None or name == "bias"
+        ]
+        self._places = [(part._buffers, name) for part, name, _ in self._watched]
+        self._tensors = [tensor for *_, tensor in self._watched]
 
     def is_current(self) -> bool:
         """False once a layer's tensors were replaced (`.to()`, for example): then `join` again."""
+        if torch.compiler.is_compiling():  # guards are on attributes of modules
+            return all(part._buffers.get(name) is tensor for part, name, tensor in self._watched)
         return all(map(operator.is_, [b.get(name) for b, name in self._places], self._tensors))
 
     def separate(self) -> None:
@@ -276,10 +295,10 @@ class Joint:
         """[..., K] -> [..., N] of all parts, without a gradient."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        *weight, bias = self.operands()
+        packed, scales, zeros, offsets, perm, bias = self.operands()
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return _linear(x, *weight, bias, self.run, self.in_features)
+        return _linear(x, packed, scales, zeros, offsets, perm, bias, self.run, self.in_features)
 
 
 #: the buffers of an Int4Linear that hold something for each output -> the dimension of the outputs
