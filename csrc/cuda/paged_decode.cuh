@@ -36,11 +36,10 @@ struct DecodeLayout {
   static constexpr int kTileBytes = kKeys * kChunks * 16;  // K or V
   static constexpr int kScaleBytes = kKV == KVType::kSame ? 0 : 2 * kKeys * 4;
   static constexpr int kSlotBytes = 2 * kTileBytes + kScaleBytes;
-  // CTAs a multiprocessor that registers and shared memory are sized for. 8-bit caches need more instructions a byte,
-  // so more warps to hide their latency.
-  static constexpr int kResident = kElement == 1 && kDim <= 128 ? 3 : kDim <= 128 ? 2 : 1;
-  static constexpr int kBudget = kResident == 3 ? 17408 : 24576;  // bytes a warp, for its slots
-  static constexpr int kStages = kSlotBytes * 6 <= kBudget ? 6 : kSlotBytes * 3 >= kBudget ? 3 : kBudget / kSlotBytes;
+  // CTAs a multiprocessor that registers and shared memory are sized for. Three with 8-bit caches (168 registers, Q in
+  // shared memory) were slower.
+  static constexpr int kResident = kDim <= 128 ? 2 : 1;
+  static constexpr int kStages = kSlotBytes * 6 <= 24576 ? 6 : kSlotBytes * 3 >= 24576 ? 3 : 24576 / kSlotBytes;
   static constexpr int kWarpBytes = kStages * kSlotBytes;
   static constexpr int kMergeStride = kDim + 8;  // floats; the 8 keep the lanes' stores on different banks
   static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
                         const DecodeAccess access) {
   using L = DecodeLayout<kKV, kDim>;
   constexpr bool kQuantized = kKV != KVType::kSame;
-  constexpr bool kQueryInRegisters = kQuantized ? kDim <= 64 : kDim <= 128;
+  constexpr bool kQueryInRegisters = kDim <= 128;
   // What the tensor cores compute in: fp16 for 8-bit caches whatever the query's type (conversion is cheaper, P keeps
   // three more bits). A bfloat16 query's row is scaled to below 4 by a power of two, exactly as far as fp16 reaches.
   using C = std::conditional_t<kQuantized, __half, T>;
