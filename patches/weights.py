@@ -1,4 +1,5 @@
-"""4-bit weights: linear layers -> `int4_linear`, for models that were loaded so, and for others by `weights="int4"`."""
+"""4-bit weights: linear layers -> `int4_linear`, for models that were loaded so, and for others by `weights="int4"`.
+(`quantized.py` has the other forms.)"""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from ..kv.pool import MODEL_DTYPES
 from ..quant import rtn
+from ..quant.held import held_layers, op_of
 from ..quant.linear import Int4Linear
 from ..quant.loading import Rounded, int4_layers
 from . import match
@@ -41,22 +43,25 @@ def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
     """
     if config.weights == "int4":
         _round(model, config, log)
-    for name, _ in int4_layers(model):
-        log.runs(name, "weights", "int4_linear")
+    elif config.weights is not None:
+        from . import quantized
+
+        quantized.apply(model, config, log)
+    for name, module in held_layers(model):
+        log.runs(name, "weights", op_of(module))
+    for name, reason in getattr(getattr(model, "hf_quantizer", None), "kept", {}).items():
+        log.kept(name, "weights", reason)
 
 
 def stay(model: nn.Module, config: PagedConfig) -> bool:
-    """True if an unpatched model keeps 4-bit layers, because their originals are gone."""
-    return config.weights is not None and not config.keep_original and any(True for _ in int4_layers(model))
+    """True if an unpatched model keeps quantised layers, because their originals are gone."""
+    return config.weights is not None and not config.keep_original and bool(held_layers(model))
 
 
 def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, Rounded):
-        method = getattr(quantizer.quantization_config, "quant_method", "?")
-        raise ValueError(
-            f"weights: got {config.weights!r}, but the model is quantised already ({getattr(method, 'value', method)})"
-        )
+        raise quantised_already(quantizer, config)
     layers = _layers(model, config, log)
     if not layers and not any(True for _ in int4_layers(model)):
         raise UnsupportedModelError(
@@ -85,6 +90,14 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         made = Rounded.of(config.group_size, lm_head=isinstance(head, Int4Linear))
         marks.set_attribute(model, "hf_quantizer", made)
         marks.set_attribute(model.config, "quantization_config", made.quantization_config)
+
+
+def quantised_already(quantizer: Any, config: PagedConfig) -> ValueError:
+    """The error for a model that another quantizer holds."""
+    method = getattr(quantizer, "form", None) or getattr(quantizer.quantization_config, "quant_method", "?")
+    return ValueError(
+        f"weights: got {config.weights!r}, but the model is quantised already ({getattr(method, 'value', method)})"
+    )
 
 
 def _layers(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> list[tuple[str, nn.Module]]:

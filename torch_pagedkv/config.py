@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,8 +44,11 @@ class PagedConfig:
         fuse_linear: on the CPU, linear layers on few rows by a kernel of our own; on CUDA (True: everywhere),
             projections of the same input (q, k, v; gate, up) in one matrix product.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
-            output and group of inputs (round-to-nearest: no data needed). None leaves them as they were loaded, also
-            if that is in 4 bits.
+            output and group of inputs (round-to-nearest: no data needed). "gguf" replaces them by those of `gguf_file`,
+            in the file's own numbers. None leaves them as they were loaded, also if that is in 4 bits.
+        gguf_file: for weights="gguf", the path of a GGUF file of this model. Its Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K layers
+            are taken over; layers of other types, norms and embeddings stay the model's own. A file of another model is
+            an error. (`torch_pagedkv.from_gguf` loads a whole model from a file.)
         group_size: inputs in such a group, a multiple of 32; -1: all. The last group of a layer may be short.
         quantize_head: round the language head with them. One that is tied to the embedding gets 4-bit numbers of its
             own: more memory, but fewer bytes to read for each token.
@@ -65,7 +69,8 @@ class PagedConfig:
     fuse_mlp: Fuse = "auto"
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
-    weights: Literal["int4"] | None = None
+    weights: Literal["int4", "gguf"] | None = None
+    gguf_file: str | os.PathLike[str] | None = None
     group_size: int = 128
     quantize_head: bool = False
     keep_original: bool = False
@@ -82,7 +87,12 @@ class PagedConfig:
             raise ValueError(f"memory_fraction: got {self.memory_fraction!r}, needs a number in (0, 1]")
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
-        _one_of("weights", self.weights, (None, "int4"))
+        _one_of("weights", self.weights, (None, "int4", "gguf"))
+        if not isinstance(self.gguf_file, (str, os.PathLike, type(None))):
+            raise TypeError(f"gguf_file: got {type(self.gguf_file).__name__}, needs a path or None")
+        if (self.weights == "gguf") != (self.gguf_file is not None):
+            needs = "a path with weights='gguf'" if self.gguf_file is None else "None unless weights='gguf'"
+            raise ValueError(f"gguf_file: got {self.gguf_file!r}, needs {needs}")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")

@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(32 * kWarps) float_kernel(const __grid_constan
     for (int64_t j = warp; j < words; j += kWarps) {
       const uint32_t word = p.packed[(blockIdx.x * words + j) * kInt4Block + lane];
       const int64_t at = min(j * kInt4Word / p.group, (p.k - 1) / p.group) * p.n + n;
-      const float scale = load_scale(p.scales, p.scale_type, at);
+      const ScaleOffset with = p.offsets ? load_scale_offset(p, at / p.n, n) : ScaleOffset{};
+      const float scale = p.offsets ? with.scale : load_scale(p.scales, p.scale_type, at);
       const float zero = p.zeros ? float(p.zeros[at]) : 8.f;
       float sum[kRows] = {}, x_sum[kRows] = {};
 #pragma unroll
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(32 * kWarps) float_kernel(const __grid_constan
           x_sum[r] += in;
         }
       }
-      const float shift = p.offsets ? fmaf(8.f, scale, load_scale(p.offsets, p.scale_type, at)) : 0.f;
+      const float shift = p.offsets ? fmaf(8.f, scale, with.offset) : 0.f;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         total[r] = fmaf(scale, sum[r], total[r]);
@@ -155,41 +156,33 @@ Tensor int4_dequantize_cuda(Tensor packed, Tensor scales, OptTensor zeros, OptTe
 Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
                         OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
                         std::string activation) {
-  static constexpr const char* kNames[] = {"none", "silu", "gelu", "gelu_tanh"};
-  static constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
   Int4Params p{};
-  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features,
-                                  activation, kNames)];
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t last = x.dim() - 1, k0 = x.size(last);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = scales.size(1);
-  Tensor y = torch::stable::new_empty(x, sizes);
-  p.m = 1;
-  for (int64_t i = 0; i < last; ++i) p.m *= x.size(i);
-  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : k0;
-  p.k_padded = packed.size(1) * kInt4Word, p.group = group_size;
-  if (p.m == 0 || p.n == 0) return y;
-
-  // Rows one stride apart; other views are copied.
-  bool even = k0 <= 1 || x.stride(last) == 1;
-  int64_t stride = k0, reach = 0;  // of a row; of the dimensions seen so far
-  for (int64_t i = last - 1; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (reach == 0)
-      stride = x.stride(i);
-    else
-      even = even && x.stride(i) == reach;
-    reach = x.stride(i) * x.size(i);
-  }
-  Tensor input = even ? x : torch::stable::contiguous(x);
-  p.x_stride = even ? stride : k0;
-  OptTensor added = residual;
-  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
+  p.act = kPackedActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size,
+                                        in_features, activation, kPackedActivations)];
   p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
   p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
   p.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
+  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : in_features;
+  p.group = group_size;
+  return int4_product("int4_linear", x, p, perm, bias, residual);
+}
+
+Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTensor& perm, const OptTensor& bias,
+                    const OptTensor& residual) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const EvenRows rows(x);
+  const int64_t k0 = x.size(x.dim() - 1);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = p.n;
+  Tensor y = torch::stable::new_empty(x, sizes);
+  p.m = rows.count, p.x_stride = rows.stride;
+  p.k_padded = int64_t(ceil_div(p.k, kInt4Block)) * kInt4Block;
+  if (p.m == 0 || p.n == 0) return y;
+
+  Tensor input = rows.tensor;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.residual = added.has_value() ? added->const_data_ptr() : nullptr;
   p.x = input.const_data_ptr(), p.y = y.mutable_data_ptr();
@@ -198,7 +191,7 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
   if (perm.has_value() || (narrow && !int4_reads(p.x, p.x_stride, p.k))) {
     Tensor gathered = torch::stable::new_empty(x, {p.m, p.k_padded});
     if (p.k_padded > 0)
-      dispatch_cuda(x.scalar_type(), "int4_linear", [&](auto tag) {
+      dispatch_cuda(x.scalar_type(), op, [&](auto tag) {
         using T = decltype(tag);
         gather_kernel<T><<<ceil_div(p.m * p.k_padded, kThreads), kThreads, 0, stream>>>(
             static_cast<const T*>(p.x), p.x_stride, k0, perm.has_value() ? perm->const_data_ptr<int32_t>() : nullptr,
@@ -214,7 +207,7 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
     launch_int4_mma<__nv_bfloat16>(p, x, stream);
   } else {
     const int64_t blocks = (p.m + kRows - 1) / kRows;
-    if (blocks > 65535) fail("int4_linear: x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);
+    if (blocks > 65535) fail(op, ": x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);
     float_kernel<<<dim3(ceil_div(p.n, kInt4Block), unsigned(blocks)), 32 * kWarps, 0, stream>>>(p);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -101,15 +101,17 @@ __global__ void __launch_bounds__(kThreads) int4_kernel(const __grid_constant__ 
   const int64_t n = first_n + warp_n * kInt4Block + 4 * g;  // the first of this lane's outputs
   auto load_factors = [&](int64_t k) {
     Factors<kOffsets> f{};
-    const int64_t row = k / p.group * p.n;
+    const int64_t group = k / p.group, row = group * p.n;
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
       const bool valid = n + b < p.n && k < p.k;
-      f.scale[b] = valid ? load_scale(p.scales, p.scale_type, row + n + b) : 0.f;
-      if constexpr (kOffsets)
-        f.offset[b] = valid ? load_scale(p.offsets, p.scale_type, row + n + b) : 0.f;
-      else
+      if constexpr (kOffsets) {
+        const ScaleOffset of = valid ? load_scale_offset(p, group, n + b) : ScaleOffset{};
+        f.scale[b] = of.scale, f.offset[b] = of.offset;
+      } else {
+        f.scale[b] = valid ? load_scale(p.scales, p.scale_type, row + n + b) : 0.f;
         f.zero[b] = kBias + (valid && p.zeros ? p.zeros[row + n + b] : 8u) * 0x00010001u;
+      }
     }
     return f;
   };
