@@ -321,8 +321,8 @@ inline int check_epilogue(const char* op, const Tensor& x, int64_t outputs, cons
   if (residual.has_value()) {
     bool ok = residual->dim() == x.dim() && residual->size(x.dim() - 1) == outputs;
     for (int64_t i = 0; ok && i + 1 < x.dim(); ++i) ok = residual->size(i) == x.size(i);
-    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual),
-                  "the result's shape: x's with N = ", outputs, " as its last size");
+    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual), "the result's shape: x's with N = ", outputs,
+                  " as its last size");
     check_same_dtype(op, "residual", *residual, "x", x);
     check_device(op, "residual", *residual, "x", x);
   }
@@ -409,8 +409,11 @@ inline void check_q4k(const char* op, const Tensor& packed, const Tensor& scales
   check_dtype(op, "mins", mins, ScalarType::Byte);
   check_dtype(op, "d", d, ScalarType::Half);
   check_dtype(op, "dmin", dmin, ScalarType::Half);
-  for (auto [arg, t] : {std::pair<const char*, const Tensor*>{"packed", &packed}, {"scales", &scales}, {"mins", &mins},
-                        {"d", &d}, {"dmin", &dmin}}) {
+  for (auto [arg, t] : {std::pair<const char*, const Tensor*>{"packed", &packed},
+                        {"scales", &scales},
+                        {"mins", &mins},
+                        {"d", &d},
+                        {"dmin", &dmin}}) {
     PAGEDKV_CHECK(t->is_contiguous(), op, arg, "a strided view", "a contiguous tensor");
     check_device(op, arg, *t, "scales", scales);
   }

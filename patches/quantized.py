@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
-    """Replace the model's linear layers as `config.weights` says; each original is freed (or kept in the log) before the
-    next. A model that has been replaced so before stays as it is.
+    """Replace the model's linear layers as `config.weights` says; each original is freed (or kept in the log) before
+    the next. A model whose layers have been replaced so before stays as it is.
 
     Raises:
         ValueError: the model is quantised already in another way, or its weights or the file's are corrupt; nothing has
@@ -41,9 +41,7 @@ def _keeper(undo: PatchLog | None) -> Any:
 
     def keep(module: nn.Module) -> None:
         if undo is not None:
-            action = partial(
-                weights._restore, module, type(module), dict(module._parameters), frozenset(vars(module))
-            )
+            action = partial(weights._restore, module, type(module), dict(module._parameters), frozenset(vars(module)))
             undo.on_undo(action)
 
     return keep
@@ -55,4 +53,5 @@ def _gguf(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
     tensors = gguf.open_file(file)
     if not any(type(module) is nn.Linear for module in model.modules()):
         raise UnsupportedModelError(f"weights='gguf': {type(model).__name__} has no linear layer to replace")
-    gguf.convert(model, tensors, file, exact=False, before=_keeper(undo), marks=undo)
+    head = config.quantize_head
+    gguf.convert(model, tensors, file, exact=False, head=head, before=_keeper(undo), marks=undo)

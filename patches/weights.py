@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from ..kv.pool import MODEL_DTYPES
 from ..quant import rtn
-from ..quant.held import held_layers, op_of
+from ..quant.held import held_layers, op_of, untie
 from ..quant.linear import Int4Linear
 from ..quant.loading import Rounded, int4_layers
 from . import match
@@ -79,10 +79,7 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         _replace(module, config.group_size, undo)
     marks = undo or PatchLog()
     head = model.get_output_embeddings()
-    ties = dict(model.all_tied_weights_keys)
-    if isinstance(head, Int4Linear) and ties.pop(f"{_name_of(model, head)}.weight", None) is not None:
-        marks.set_attribute(model, "all_tied_weights_keys", ties)
-        marks.set_attribute(model.config, "tie_word_embeddings", False)
+    untie(model, marks)
     if quantizer is not None:
         quantizer.quantization_config.lm_head = isinstance(head, Int4Linear)
     else:
@@ -141,10 +138,6 @@ def _is_plain(module: nn.Module) -> bool:
     except Exception:
         return False
     return isinstance(module, nn.Linear) and match.close_enough(got, F.linear(x, weight, module.bias))
-
-
-def _name_of(model: nn.Module, module: nn.Module | None) -> str:
-    return next((name for name, each in model.named_modules() if each is module), "")
 
 
 def _matrix(module: Any) -> Tensor:

@@ -58,8 +58,8 @@ Tensor int8_dequantize(Tensor packed, Tensor scales, int64_t group_size, int64_t
 
 Tensor int8_linear(Tensor x, Tensor packed, Tensor scales, OptTensor bias, OptTensor residual, int64_t group_size,
                    int64_t in_features, std::string activation) {
-  const int act = check_int8_linear(x, packed, scales, bias, residual, group_size, in_features, activation,
-                                    kPackedActivations);
+  const int act =
+      check_int8_linear(x, packed, scales, bias, residual, group_size, in_features, activation, kPackedActivations);
   Int4Scales s{};
   s.scales = scales.const_data_ptr(), s.dtype = row_type(scales);
   s.n = scales.size(1), s.group = group_size;

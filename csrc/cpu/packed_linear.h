@@ -11,8 +11,8 @@ constexpr Act kPackedActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTan
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// activation(x W^T + bias) + residual, for checked arguments. `order`: the input of x that each of the weight's k inputs
-// takes, -1: 0; null: its own.
+// activation(x W^T + bias) + residual, for checked arguments. `order`: the input of x that each of the weight's k
+// inputs takes, -1: 0; null: its own.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, WeightBits bits, const Int4Scales& s, const int32_t* order,
                      int64_t k, const OptTensor& bias, const OptTensor& residual, Act act);
 

@@ -21,7 +21,8 @@ Q4KTensors q4k_repack(Tensor blocks) {
   Tensor dmin = new_tensor(super_sizes, 2, aoti_torch_dtype_float16());
   uint32_t* const out = reinterpret_cast<uint32_t*>(packed.mutable_data_ptr<int32_t>());
   uint8_t *const scale = scales.mutable_data_ptr<uint8_t>(), *const min = mins.mutable_data_ptr<uint8_t>();
-  char *const d_out = static_cast<char*>(d.mutable_data_ptr()), *const dmin_out = static_cast<char*>(dmin.mutable_data_ptr());
+  char *const d_out = static_cast<char*>(d.mutable_data_ptr()), *const dmin_out =
+                                                                    static_cast<char*>(dmin.mutable_data_ptr());
   const Tensor dense = torch::stable::contiguous(blocks);
   const uint8_t* const in = dense.const_data_ptr<uint8_t>();
   split(packed_sizes[0], kInt4Block * supers * kQ4KInputs, [&](int64_t begin, int64_t end) {
@@ -59,7 +60,8 @@ void dequantize(const Tensor& packed, const Tensor& scales, const Tensor& mins, 
   const int64_t n = scales.size(1), words = packed.size(1);
   const uint32_t* in = static_cast<const uint32_t*>(packed.const_data_ptr());
   const uint8_t *scale = scales.const_data_ptr<uint8_t>(), *min = mins.const_data_ptr<uint8_t>();
-  const Half *d_in = static_cast<const Half*>(d.const_data_ptr()), *dmin_in = static_cast<const Half*>(dmin.const_data_ptr());
+  const Half *d_in = static_cast<const Half*>(d.const_data_ptr()),
+             *dmin_in = static_cast<const Half*>(dmin.const_data_ptr());
   T* out = static_cast<T*>(w.mutable_data_ptr());
   split(n, k, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)

@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(kThreads) repack_kernel(const uint8_t* blocks,
     const uint8_t* const block = blocks + (row * p.supers + super) * kQ4KBytes;
     const int first = int(j % kWords) * kInt4Word, group = first / kInt4Block;
 #pragma unroll
-    for (int e = 0; e < kInt4Word; ++e)
-      word |= (uint32_t(q4k_number(block + 16, first + e)) ^ 8u) << int4_shift(e);
+    for (int e = 0; e < kInt4Word; ++e) word |= (uint32_t(q4k_number(block + 16, first + e)) ^ 8u) << int4_shift(e);
     if (first % kInt4Block == 0) {
       const int64_t at = (super * kQ4KGroups + group) * p.n + row;
       q4k_scale(block + 4, group, p.scales + at, p.mins + at);
@@ -109,8 +108,8 @@ Tensor q4k_dequantize_cuda(Tensor packed, Tensor scales, Tensor mins, Tensor d, 
 Tensor q4k_linear_cuda(Tensor x, Tensor packed, Tensor scales, Tensor mins, Tensor d, Tensor dmin, OptTensor bias,
                        OptTensor residual, std::string activation) {
   Int4Params p{};
-  p.act = kPackedActs[check_q4k_linear(x, packed, scales, mins, d, dmin, bias, residual, activation,
-                                       kPackedActivations)];
+  p.act =
+      kPackedActs[check_q4k_linear(x, packed, scales, mins, d, dmin, bias, residual, activation, kPackedActivations)];
   p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   p.scales = d.const_data_ptr(), p.offsets = dmin.const_data_ptr(), p.scale_type = ScalarType::Half;
   p.sub_scales = scales.const_data_ptr<uint8_t>(), p.sub_mins = mins.const_data_ptr<uint8_t>();

@@ -15,7 +15,7 @@ import torch_pagedkv
 from torch_pagedkv.quant import gguf as ours
 from torch_pagedkv.quant.held import held_layers
 from torch_pagedkv.quant.linear import Int4Linear
-from torch_pagedkv.quant.packed import PackedWeight
+from torch_pagedkv.quant.packed import Int8Linear, PackedWeight
 
 gguf = pytest.importorskip("gguf")
 
@@ -138,8 +138,9 @@ def _write(path: Path, kind: str, head: str = "F32", seed: int = 0, **other: str
     def ones(name: str) -> None:
         writer.add_tensor(name, np.ones(WIDTH, dtype=np.float32))
 
-    add("token_embd.weight", VOCABULARY, WIDTH, "F32")
-    add("output.weight", VOCABULARY, WIDTH, head)
+    add("token_embd.weight", VOCABULARY, WIDTH, "Q8_0" if head == "tied" else "F32")
+    if head != "tied":
+        add("output.weight", VOCABULARY, WIDTH, head)
     ones("output_norm.weight")
     for i in range(LAYERS):
         ones(f"blk.{i}.attn_norm.weight")
@@ -259,6 +260,28 @@ def test_patch_of_a_model_that_is_not_the_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"gguf_file: blk\.0\.attn_q\.weight of .*other.gguf is not .*another model"):
         torch_pagedkv.patch(other, weights="gguf", gguf_file=tmp_path / "other.gguf")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_tied_head(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    _write(path, "Q4_K", head="tied")
+    dense = _stock(path, torch.float32)
+    assert dense.config.tie_word_embeddings
+    exact = _logits(_stock(path, torch.float32).double())
+    model = torch_pagedkv.from_gguf(path, dtype=torch.float32)
+    torch_pagedkv.patch(model)
+    reasons = {row.module: row.reason for row in torch_pagedkv.report(model).left_alone}
+    assert reasons["lm_head"] == "it shares the embedding's weight, Q8_0 in the file (quantize_head)"
+    model = torch_pagedkv.from_gguf(path, quantize_head=True, dtype=torch.float32)
+    assert isinstance(model.lm_head, Int8Linear) and not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert _error(_logits(model), exact) < max(2 * _error(_logits(dense), exact), 1e-6)
+    options = {"weights": "gguf", "gguf_file": path, "quantize_head": True, "keep_original": True}
+    torch_pagedkv.patch(model)
+    torch_pagedkv.patch(dense, **options)
+    assert torch.equal(_logits(dense), _logits(model))
+    torch_pagedkv.unpatch(dense)
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight and dense.config.tie_word_embeddings
 
 
 def test_saving(tmp_path: Path) -> None:

@@ -32,9 +32,7 @@ def _(q):
     return q.new_empty((_blocks(n), BLOCK // _WORD * _blocks(k), BLOCK), dtype=torch.int32)
 
 
-@define(
-    "int8_dequantize(Tensor packed, Tensor scales, int group_size, SymInt in_features, ScalarType dtype) -> Tensor"
-)
+@define("int8_dequantize(Tensor packed, Tensor scales, int group_size, SymInt in_features, ScalarType dtype) -> Tensor")
 def _(packed, scales, group_size, in_features, dtype):
     return scales.new_empty((scales.shape[1], in_features), dtype=dtype)
 
@@ -57,7 +55,7 @@ def int8_repack_reference(q: Tensor) -> Tensor:
     padded = torch.zeros((_blocks(n) * BLOCK, _blocks(k) * BLOCK), dtype=torch.int64, device=q.device)
     padded[:n, :k] = q
     # [blocks, outputs, words, inputs] -> a word for each (block, word, output)
-    parts = (padded & 255).view(_blocks(n), BLOCK, -1, _WORD).transpose(1, 2)
+    parts = (padded & 255).view(_blocks(n), BLOCK, BLOCK // _WORD * _blocks(k), _WORD).transpose(1, 2)
     words = (parts << torch.arange(0, 32, 8, device=q.device)).sum(-1)
     return (words - ((words >> 31) << 32)).to(torch.int32)
 
@@ -110,9 +108,7 @@ def int8_repack(q: Tensor) -> Tensor:
     return _ops.int8_repack(q)
 
 
-def int8_dequantize(
-    packed: Tensor, scales: Tensor, *, group_size: int, in_features: int, dtype: torch.dtype
-) -> Tensor:
+def int8_dequantize(packed: Tensor, scales: Tensor, *, group_size: int, in_features: int, dtype: torch.dtype) -> Tensor:
     """The weights as numbers.
 
     Args:

@@ -44,9 +44,7 @@ def _(blocks):
     return blocks.new_empty((_blocks(n), 4 * groups, BLOCK), dtype=torch.int32), *subs, *numbers
 
 
-@define(
-    "q4k_dequantize(Tensor packed, Tensor scales, Tensor mins, Tensor d, Tensor dmin, ScalarType dtype) -> Tensor"
-)
+@define("q4k_dequantize(Tensor packed, Tensor scales, Tensor mins, Tensor d, Tensor dmin, ScalarType dtype) -> Tensor")
 def _(packed, scales, mins, d, dmin, dtype):
     return d.new_empty((d.shape[1], SUPER * d.shape[0]), dtype=dtype)
 
@@ -72,9 +70,10 @@ def q4k_repack_reference(blocks: Tensor) -> Q4K:
     scales = torch.cat((low & 63, high & 15 | low >> 6 << 4), -1)
     mins = torch.cat((middle & 63, high >> 4 | middle >> 6 << 4), -1)
     nibbles = parts[..., 16:].reshape(n, supers, 4, 1, BLOCK)
-    q = torch.cat((nibbles & 15, nibbles >> 4), 3).reshape(n, -1)
+    q = torch.cat((nibbles & 15, nibbles >> 4), 3).reshape(n, SUPER * supers)
     packed = int4_repack_reference(q)
-    return packed, scales.reshape(n, -1).T.contiguous(), mins.reshape(n, -1).T.contiguous(), d, dmin
+    scales, mins = (t.reshape(n, 8 * supers).T.contiguous() for t in (scales, mins))
+    return packed, scales, mins, d, dmin
 
 
 def _weights(packed: Tensor, scales: Tensor, mins: Tensor, d: Tensor, dmin: Tensor) -> Tensor:

@@ -49,12 +49,14 @@ NEAR = 0.5
 Weight = Int4Weight | PackedWeight
 
 
-def from_gguf(path: Any, gguf_file: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def from_gguf(path: Any, gguf_file: str | None = None, quantize_head: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Load a GGUF file as a causal language model. Its Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K layers keep the file's numbers
     and run on `int4_linear`, `int8_linear` and `q4k_linear`, the others become float.
 
     Args:
         path: the file; or a folder or repository, with `gguf_file` the file in it.
+        quantize_head: a language head that is tied to the embedding gets the file's numbers too: more memory, but fewer
+            bytes to read for each token. (One that is not tied gets them always.)
         kwargs: of `from_pretrained`.
 
     Raises:
@@ -71,7 +73,7 @@ def from_gguf(path: Any, gguf_file: str | None = None, **kwargs: Any) -> PreTrai
     tensors = open_file(str(source))
     config = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, quantization_config=config, **kwargs)
-    convert(model, tensors, str(source))
+    convert(model, tensors, str(source), head=quantize_head)
     return model
 
 
@@ -188,6 +190,7 @@ def convert(
     tensors: dict[str, Any],
     file: str,
     exact: bool = True,
+    head: bool = False,
     before: Callable[[nn.Module], None] = lambda module: None,
     marks: PatchLog | None = None,
 ) -> int:
@@ -197,6 +200,7 @@ def convert(
         model: loaded from that file (`exact`), or of the same architecture.
         tensors: of `open_file`. file: its name, for people.
         exact: only a tensor that gives the layer's weight to the bit; False: one that is NEAR it.
+        head: replace a language head that is tied to the embedding, too.
         before: called with each layer before it is replaced.
         marks: where the change of `model.hf_quantizer` is noted to be undone.
 
@@ -205,7 +209,7 @@ def convert(
             changed.
     """
     from ..patches.log import PatchLog
-    from .held import Held
+    from .held import Held, untie
     from .loading import Rounded
 
     tied = set(model.all_tied_weights_keys)
@@ -213,21 +217,24 @@ def convert(
     kept: dict[str, str] = {}
     names = _names(model, tensors[""])
     for name, module in model.named_modules():
-        tensor = tensors.get(f"{names.get(name)}.weight")
+        there = f"{names.get(name)}.weight"
+        if f"{name}.weight" in tied and there not in tensors:
+            there = "token_embd.weight"
+        tensor = tensors.get(there)
         if type(module) is not nn.Linear or tensor is None:
             continue
         kind = tensor.tensor_type.name
-        if f"{name}.weight" in tied:
-            kept[name] = f"it shares the embedding's weight ({kind} in the file)"
+        if f"{name}.weight" in tied and not head:
+            kept[name] = f"it shares the embedding's weight, {kind} in the file (quantize_head)"
         elif kind not in FORMS:
             kept[name] = f"{kind} in the file, which has no kernel here: it stays float"
         else:
-            error, order = _nearest(module, kind, tensor, model, f"{file}: {names[name]}.weight")
+            error, order = _nearest(module, kind, tensor, model, f"{file}: {there}")
             if error <= (0.0 if exact else NEAR):
                 plan.append((module, kind, tensor, order))
             elif not exact:
                 raise ValueError(
-                    f"gguf_file: {names[name]}.weight of {file} is not {name}.weight of this model (the difference is "
+                    f"gguf_file: {there} of {file} is not {name}.weight of this model (the difference is "
                     f"{error:.2f} of its size): the file is of another model"
                 )
             else:
@@ -251,6 +258,7 @@ def convert(
     quantizer.kept = kept
     quantizer.form = "gguf"
     marks = marks or PatchLog()
+    untie(model, marks)
     marks.set_attribute(model, "hf_quantizer", quantizer)
     marks.set_attribute(model.config, "quantization_config", quantizer.quantization_config)
     return len(plan)
@@ -290,9 +298,9 @@ def _nearest(
             break
         if torch.equal(seen, weight):
             return 0.0, order
-        error = float((seen.float() - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
-        if error < best[0]:
-            best = (error, order)
+        distance = float((seen.float() - weight.float()).norm() / weight.float().norm().clamp_min(1e-30))
+        if distance < best[0]:
+            best = (distance, order)
     return best
 
 

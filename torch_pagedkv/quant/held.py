@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .loading import int4_layers, to_linear
 from .packed import PackedLinear, packed_layers
+
+if TYPE_CHECKING:
+    from ..patches.log import PatchLog
 
 
 class HeldConfig(QuantizationConfigMixin):
@@ -74,6 +77,15 @@ class Held(HfQuantizer):
 def held_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All layers with packed weights, of 4 bits or in another form, with their names."""
     return [*int4_layers(model), *packed_layers(model)]
+
+
+def untie(model: PreTrainedModel, marks: PatchLog) -> None:
+    """Note in the model, and in `marks` to be undone, that its head has a quantised weight of its own, if it has."""
+    head, ties = model.get_output_embeddings(), dict(model.all_tied_weights_keys)
+    names = [name for name, module in held_layers(model) if module is head]
+    if names and ties.pop(f"{names[0]}.weight", None) is not None:
+        marks.set_attribute(model, "all_tied_weights_keys", ties)
+        marks.set_attribute(model.config, "tie_word_embeddings", False)
 
 
 def op_of(module: nn.Module) -> str:

@@ -44,8 +44,9 @@ class PackedLinear(nn.Linear):
     """y = x W^T + bias for a W that is fixed and packed. The base of the classes below.
 
     Everything is a buffer: `state_dict`, `.to()`, `copy.deepcopy`, pickling and `torch.compile(fullgraph=True)` work as
-    for any module. Changing the module's dtype changes `bias` and what `weight` returns; the floating parts stay as they
-    are, so the numbers that the weight stands for never change. The input may require a gradient, the weight has none.
+    for any module. Changing the module's dtype changes `bias` and what `weight` returns; the floating parts stay as
+    they are, so the numbers that the weight stands for never change. The input may require a gradient, the weight has
+    none.
 
     Attributes:
         in_features, out_features: K and N.
@@ -219,11 +220,13 @@ class Q4KLinear(PackedLinear):
 
     @staticmethod
     def product(x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, group: int, inputs: int) -> Tensor:
-        return ops.q4k_linear(x, *parts, bias)  # type: ignore[arg-type]
+        packed, scales, mins, d, dmin = parts
+        return ops.q4k_linear(x, packed, scales, mins, d, dmin, bias)
 
     @staticmethod
     def numbers(parts: tuple[Tensor, ...], group: int, inputs: int, dtype: torch.dtype) -> Tensor:
-        return ops.q4k_dequantize(*parts, dtype=dtype)  # type: ignore[call-arg]
+        packed, scales, mins, d, dmin = parts
+        return ops.q4k_dequantize(packed, scales, mins, d, dmin, dtype=dtype)
 
     @classmethod
     def pack(cls, blocks: Tensor) -> PackedWeight:
@@ -245,11 +248,13 @@ class Int8Linear(PackedLinear):
 
     @staticmethod
     def product(x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, group: int, inputs: int) -> Tensor:
-        return ops.int8_linear(x, *parts, bias, group_size=group, in_features=inputs)
+        packed, scales = parts
+        return ops.int8_linear(x, packed, scales, bias, group_size=group, in_features=inputs)
 
     @staticmethod
     def numbers(parts: tuple[Tensor, ...], group: int, inputs: int, dtype: torch.dtype) -> Tensor:
-        return ops.int8_dequantize(*parts, group_size=group, in_features=inputs, dtype=dtype)
+        packed, scales = parts
+        return ops.int8_dequantize(packed, scales, group_size=group, in_features=inputs, dtype=dtype)
 
     @classmethod
     def pack(cls, q: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
