@@ -489,6 +489,34 @@ inline int check_int8_linear(const Tensor& x, const Tensor& packed, const Tensor
   return check_epilogue(op, x, scales.size(1), bias, residual, activation, activations);
 }
 
+// quantize -----------------------------------------------------------------------------------------------------------
+
+inline void check_quantize_per_token(const Tensor& x, const OptTensor& factor, ScalarType dtype) {
+  const char* op = "quantize_per_token";
+  check_float(op, "x", x);
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x", "shape " << shape_of(x), "[..., K] with K >= 1");
+  PAGEDKV_CHECK(is_quantized(dtype), op, "dtype", name_of(dtype), "int8 or float8_e4m3fn");
+  check_vector(op, "factor", factor, x.size(x.dim() - 1), ScalarType::Float, "x", x);
+}
+
+inline void check_dequantize_sums(const Tensor& sums, const Tensor& row_scale, const Tensor& column_scale,
+                                  const OptTensor& bias, ScalarType dtype) {
+  const char* op = "dequantize_sums";
+  PAGEDKV_CHECK(sums.scalar_type() == ScalarType::Int || sums.scalar_type() == ScalarType::Float, op, "sums",
+                dtype_of(sums), "int32 or float32");
+  PAGEDKV_CHECK(sums.dim() >= 1, op, "sums", "a 0-dimensional tensor", "[..., N]");
+  PAGEDKV_CHECK(sums.is_contiguous(), op, "sums", "a strided view", "a contiguous tensor");
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
+  bool ok = row_scale.dim() == sums.dim() - 1;
+  for (int64_t i = 0; ok && i < row_scale.dim(); ++i) ok = row_scale.size(i) == sums.size(i);
+  PAGEDKV_CHECK(ok, op, "row_scale", "shape " << shape_of(row_scale), "sums' shape without N");
+  check_dtype(op, "row_scale", row_scale, ScalarType::Float);
+  PAGEDKV_CHECK(row_scale.is_contiguous(), op, "row_scale", "a strided view", "a contiguous tensor");
+  check_device(op, "row_scale", row_scale, "sums", sums);
+  check_vector(op, "column_scale", column_scale, sums.size(sums.dim() - 1), ScalarType::Float, "sums", sums);
+  check_vector(op, "bias", bias, sums.size(sums.dim() - 1), dtype, "sums", sums);
+}
+
 inline void check_bias_act(const Tensor& x, const OptTensor& bias) {
   const char* op = "bias_act";
   check_float(op, "x", x);

@@ -67,6 +67,10 @@ using int8_dequantize_fn = Tensor(Tensor packed, Tensor scales, int64_t group_si
 using int8_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor bias, OptTensor residual,
                               int64_t group_size, int64_t in_features, std::string activation);
 
+// quantize -----------------------------------------------------------------------------------------------------------
+using quantize_per_token_fn = Pair(Tensor x, OptTensor factor, ScalarType dtype);
+using dequantize_sums_fn = Tensor(Tensor sums, Tensor row_scale, Tensor column_scale, OptTensor bias, ScalarType dtype);
+
 // rotary -------------------------------------------------------------------------------------------------------------
 using rotary_embedding_fn = void(Tensor query, OptTensor key, Tensor cos, Tensor sin, bool interleaved);
 using rotary_and_cache_fn = void(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor key_cache,

@@ -139,8 +139,9 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, int64_t group, int
                      group};
   dispatch_cuda(dtype, "int8_dequantize", [&](auto tag) {
     using T = decltype(tag);
-    dequantize_kernel<T>
-        <<<ceil_div(n * k, kThreads), kThreads, 0, current_stream(scales)>>>(p, static_cast<T*>(w.mutable_data_ptr()));
+    const auto kernel = dequantize_kernel<T>;
+    kernel<<<ceil_div(n * k, kThreads), kThreads, 0, current_stream(scales)>>>(p,
+                                                                               static_cast<T*>(w.mutable_data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return w;

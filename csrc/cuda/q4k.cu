@@ -98,7 +98,8 @@ Tensor q4k_dequantize_cuda(Tensor packed, Tensor scales, Tensor mins, Tensor d, 
   if (w.numel() == 0) return w;
   dispatch_cuda(dtype, "q4k_dequantize", [&](auto tag) {
     using T = decltype(tag);
-    dequantize_kernel<T><<<ceil_div(w.numel(), kThreads), kThreads, 0, current_stream(scales)>>>(
+    const auto kernel = dequantize_kernel<T>;
+    kernel<<<ceil_div(w.numel(), kThreads), kThreads, 0, current_stream(scales)>>>(
         p, static_cast<T*>(w.mutable_data_ptr()));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -170,6 +170,13 @@ def samples(device: str) -> Iterator[Sample]:
             int8 = new.int8(45, 130, group, scales)
             yield "int8_dequantize", (*int8, group, 130, dtype), {}
             yield "int8_linear", (new.normal(*rows, 130, dtype=dtype), *int8, *more, group, 130), options
+        for i, stored in enumerate(QUANTIZED):
+            x = new.normal(3, 2, 44 + 8 * i, dtype=dtype)[..., 4 * i :]
+            yield "quantize_per_token", (x, new.normal(x.shape[-1]).abs() if i else None, stored), {}
+            sums = new.normal(3, 2, 41 - i, scale=1000)
+            scales = new.normal(3, 2).abs(), new.normal(41 - i).abs()
+            bias = new.normal(41 - i, dtype=dtype) if i else None
+            yield "dequantize_sums", (sums if i else sums.int(), *scales, bias, dtype), {}
         yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
         seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
         parameters = {

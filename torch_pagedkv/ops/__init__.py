@@ -12,6 +12,7 @@ from .int8 import int8_dequantize, int8_linear, int8_repack
 from .linear import linear
 from .norm import add_rms_norm, layer_norm, rms_norm
 from .q4k import q4k_dequantize, q4k_linear, q4k_repack
+from .quantize import dequantize_sums, quantize_per_token
 from .rotary import rotary_and_cache, rotary_embedding
 from .sampling import argmax, sample
 
@@ -22,6 +23,7 @@ __all__ = [
     "argmax",
     "bias_act",
     "copy_blocks",
+    "dequantize_sums",
     "flash_attention",
     "gather_cache",
     "gelu_and_mul",
@@ -38,6 +40,7 @@ __all__ = [
     "q4k_dequantize",
     "q4k_linear",
     "q4k_repack",
+    "quantize_per_token",
     "reshape_and_cache",
     "rms_norm",
     "rotary_and_cache",
