@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..quant.eight import unrounded
 from . import checks, linear, match, mlp, norm, residual, rotary
 from .checks import UnsupportedModelError
 from .log import PatchLog
@@ -29,7 +30,7 @@ def probe(model: PreTrainedModel) -> Tensor:
     """Logits [2, 9, V] of fixed random tokens, without a cache: what must stay the same."""
     vocabulary = checks.num_embeddings(model)
     ids = torch.randint(0, vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(model.device)
-    with match.evaluating(model):
+    with match.evaluating(model), unrounded(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 

@@ -1,15 +1,21 @@
-"""Weights in other forms than 4 bits rounded here: those of a GGUF file (`weights="gguf"`)."""
+"""Weights in other forms than 4 bits rounded here: those of a GGUF file (`weights="gguf"`), and 8 bits on both sides of
+the product (`"int8"`, `"fp8"`)."""
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.utils import logging as hf_logging
 
-from ..quant import gguf
-from . import weights
+from ..quant import calibration, eight, gguf
+from ..quant.held import Held, untie
+from . import checks, match, weights
 from .checks import UnsupportedModelError
 from .log import PatchLog
 
@@ -17,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..config import PagedConfig
+
+logger = logging.getLogger("torch_pagedkv")
 
 
 def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
@@ -33,7 +41,7 @@ def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         if getattr(quantizer, "form", None) == config.weights:
             return
         raise weights.quantised_already(quantizer, config)
-    _gguf(model, config, log)
+    (_gguf if config.weights == "gguf" else _eight)(model, config, log)
 
 
 def _keeper(undo: PatchLog | None) -> Any:
@@ -55,3 +63,109 @@ def _gguf(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         raise UnsupportedModelError(f"weights='gguf': {type(model).__name__} has no linear layer to replace")
     head = config.quantize_head
     gguf.convert(model, tensors, file, exact=False, head=head, before=_keeper(undo), marks=undo)
+
+
+# ------------------------------------------------------------------------------------------------ 8 bits
+
+
+def _eight(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
+    form = str(config.weights)
+    layer = eight.LAYERS[form]
+    multiple = eight.MULTIPLE[layer.dtype]
+    found, kept = [], {}
+    for name, module in weights._layers(model, config, log):
+        matrix = weights._matrix(module)
+        if any(size % multiple for size in matrix.shape):
+            kept[name] = f"its inputs and outputs are no multiples of {multiple}"
+            continue
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError(f"weights: {name}.weight has entries that are NaN or infinite")
+        found.append((name, module))
+    if not found:
+        raise UnsupportedModelError(f"weights={form!r}: {type(model).__name__} has no linear layer to quantise")
+    for device in {weights._matrix(module).device for _, module in found}:
+        _examine(form, device)
+    seen = {} if config.calibration is None else _look(model, dict(found), config)
+
+    undo = log if config.keep_original else None
+    keep = _keeper(undo)
+    for name, module in hf_logging.tqdm(found, desc="Quantising to 8 bits"):
+        matrix = weights._matrix(module)
+        factor = eight.search(layer, matrix, *seen.pop(name)) if name in seen else None
+        weight = layer.pack(matrix, factor)
+        keep(module)
+        layer.adopt(module, weight, matrix.dtype, f"{form}, smoothed" if factor is not None else form)
+    marks = undo or PatchLog()
+    quantizer: Any = Held.of(form)
+    quantizer.kept = kept
+    untie(model, marks)
+    marks.set_attribute(model, "hf_quantizer", quantizer)
+    marks.set_attribute(model.config, "quantization_config", quantizer.quantization_config)
+
+
+def _examine(form: str, device: torch.device) -> None:
+    """Refuse what the device cannot do, and say what it does slowly."""
+    if form == "fp8":
+        eight.refuse_float8(device)
+        if device.type == "cpu":
+            logger.warning("torch_pagedkv: float8 products are slow on a CPU: slower than those of floats")
+    elif device.type == "cpu":
+        eight.W8A8Linear.whole = eight.whole_products()
+        if not eight.W8A8Linear.whole:
+            logger.warning(
+                "torch_pagedkv: torch._int_mm is slow on this CPU or missing, so int8 layers multiply in float32: the "
+                "same numbers, no faster than float layers"
+            )
+
+
+#: rows of a layer's inputs that smoothing is tried on
+_ROWS = 128
+
+
+@torch.no_grad()
+def _look(
+    model: PreTrainedModel, layers: dict[str, nn.Module], config: PagedConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> the largest magnitude of each of its inputs [K] over the calibration data, and some rows of them."""
+    longest = checks.setting(checks.text_config(model), "max_position_embeddings")
+    tokenizer = config.tokenizer
+    if tokenizer is None and calibration.is_text(config.calibration):
+        tokenizer = _tokenizer(model)
+    ids = calibration.tokens(
+        config.calibration,
+        tokenizer,
+        vocabulary=checks.num_embeddings(model),
+        longest=longest if isinstance(longest, int) else None,
+    )
+    largest: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
+    each = max(2, -(-_ROWS // len(ids)))  # the first row of a sequence is not like the others
+
+    def look(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach().flatten(0, -2)
+        now = x.abs().amax(0)
+        largest[name] = torch.maximum(largest[name], now) if name in largest else now
+        if len(rows.setdefault(name, [])) * each < _ROWS:
+            rows[name].append(x[torch.linspace(0, len(x) - 1, each, device=x.device).long()])
+
+    hooks = [module.register_forward_pre_hook(partial(look, name)) for name, module in layers.items()]
+    try:
+        with match.evaluating(model):
+            for row in hf_logging.tqdm(ids, desc="Looking at calibration data"):
+                model(input_ids=row[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    wrong = [name for name, seen in largest.items() if not bool(seen.isfinite().all())]
+    if wrong:
+        raise ValueError(f"calibration: the inputs of {wrong[0]} are NaN or infinite")
+    return {name: (seen, torch.cat(rows[name])) for name, seen in largest.items()}
+
+
+def _tokenizer(model: PreTrainedModel) -> Any:
+    """The one that lies where the model came from."""
+    path = model.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: none is found at {path!r}, where the model is from: give one ({error})") from None

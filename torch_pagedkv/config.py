@@ -45,7 +45,13 @@ class PagedConfig:
             projections of the same input (q, k, v; gate, up) in one matrix product.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
             output and group of inputs (round-to-nearest: no data needed). "gguf" replaces them by those of `gguf_file`,
-            in the file's own numbers. None leaves them as they were loaded, also if that is in 4 bits.
+            in the file's own numbers. "int8" (W8A8) and "fp8" (e4m3; a GPU of compute capability 8.9 or later) round
+            weights, a scale for each output, and on the fly activations, a scale for each token. None leaves them as
+            they were loaded, also if that is in 4 bits.
+        calibration: for weights="int8" and "fp8": a list of texts, a path to a file of text, token ids (a tensor [S, T]
+            or a list of lists), from which SmoothQuant's scales are taken, or None: no smoothing. Never the text of an
+            evaluation.
+        tokenizer: for calibration text; None: the one that lies where the model came from.
         gguf_file: for weights="gguf", the path of a GGUF file of this model. Its Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K layers
             are taken over; layers of other types, norms and embeddings stay the model's own. A file of another model is
             an error. (`torch_pagedkv.from_gguf` loads a whole model from a file.)
@@ -69,7 +75,9 @@ class PagedConfig:
     fuse_mlp: Fuse = "auto"
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
-    weights: Literal["int4", "gguf"] | None = None
+    weights: Literal["int4", "gguf", "int8", "fp8"] | None = None
+    calibration: Any = None
+    tokenizer: Any = None
     gguf_file: str | os.PathLike[str] | None = None
     group_size: int = 128
     quantize_head: bool = False
@@ -87,7 +95,10 @@ class PagedConfig:
             raise ValueError(f"memory_fraction: got {self.memory_fraction!r}, needs a number in (0, 1]")
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
-        _one_of("weights", self.weights, (None, "int4", "gguf"))
+        _one_of("weights", self.weights, (None, "int4", "gguf", "int8", "fp8"))
+        for name in ("calibration", "tokenizer"):
+            if getattr(self, name) is not None and self.weights not in ("int8", "fp8"):
+                raise ValueError(f"{name}: got one, but weights={self.weights!r} needs no calibration data")
         if not isinstance(self.gguf_file, (str, os.PathLike, type(None))):
             raise TypeError(f"gguf_file: got {type(self.gguf_file).__name__}, needs a path or None")
         if (self.weights == "gguf") != (self.gguf_file is not None):

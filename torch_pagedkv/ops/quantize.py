@@ -29,9 +29,7 @@ def _(x, factor, dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@define(
-    "dequantize_sums(Tensor sums, Tensor row_scale, Tensor column_scale, Tensor? bias, ScalarType dtype) -> Tensor"
-)
+@define("dequantize_sums(Tensor sums, Tensor row_scale, Tensor column_scale, Tensor? bias, ScalarType dtype) -> Tensor")
 def _(sums, row_scale, column_scale, bias, dtype):
     return sums.new_empty(sums.shape, dtype=dtype)
 
