@@ -51,6 +51,7 @@ FAMILIES = {  # section of the table -> its ops
     "linear": ("linear",),
     "int4": ("int4_linear",),
     "gguf": ("q4k_linear", "int8_linear"),
+    "8-bit product": ("quantize_per_token", "dequantize_sums"),
     "rotary": ("rotary_embedding", "rotary_and_cache"),
     "activation": ("silu_and_mul", "gelu_and_mul", "bias_act"),
     "sampling": ("sample", "argmax"),
@@ -629,6 +630,50 @@ def gguf(env: Env, model: Model, layer: str, rows: int, kind: str) -> Problem:
     )
 
 
+def to_eight(env: Env, model: Model, tokens: int, stored: str) -> Problem:
+    """quantize_per_token of a layer's input with SmoothQuant's factors, beside the same in PyTorch."""
+    k, dtype = model.hidden, KV_DTYPES[stored]
+
+    def make() -> Inputs:
+        return Inputs(x=env.normal(tokens, k), factor=env.normal(k).float().abs())
+
+    def plain(a: Inputs) -> Any:
+        x = a.x.float() * a.factor
+        scale = x.abs().amax(-1, keepdim=True) / (127.0 if stored == "int8" else 448.0)
+        x = x / scale
+        return (x.round() if stored == "int8" else x).to(dtype), scale
+
+    return Problem(
+        make,
+        lambda a: ops.quantize_per_token(a.x, a.factor, dtype=dtype),
+        lambda a: [t.float() for t in reference("quantize_per_token", a.x, a.factor, dtype)],
+        lambda a, result: [t.float() for t in result],
+        moved=tokens * (k * (env.size + 1) + 4) + 4 * k,
+        bound=0.0,
+        peers={"PyTorch": plain},
+    )
+
+
+def from_eight(env: Env, model: Model, tokens: int) -> Problem:
+    """dequantize_sums of the sums of torch._int_mm, with a bias, beside the same in PyTorch."""
+    n = model.hidden
+
+    def make() -> Inputs:
+        a = Inputs(sums=env.ints(torch.randint(-100000, 100000, (tokens, n))), bias=env.normal(n))
+        a.row, a.column = env.normal(tokens).float().abs() * 0.01, env.normal(n).float().abs() * 0.01
+        return a
+
+    return Problem(
+        make,
+        lambda a: ops.dequantize_sums(a.sums, a.row, a.column, a.bias, dtype=env.dtype),
+        lambda a: [reference("dequantize_sums", a.sums, a.row, a.column, a.bias, torch.float64)],
+        outputs,
+        moved=tokens * n * (4 + env.size) + 4 * tokens + (4 + env.size) * n,
+        bound=env.rounding(0.6, 8),
+        peers={"PyTorch": lambda a: (a.sums.float() * a.row[:, None] * a.column + a.bias).to(env.dtype)},
+    )
+
+
 def gated(env: Env, model: Model, tokens: int, op: str) -> Problem:
     """silu_and_mul or gelu_and_mul (tanh) of the halves of a packed projection; bias_act with gelu."""
     n = model.ffn
@@ -816,6 +861,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     *[(op, model, gguf, BOTH, [{"layer": layer, "rows": n, "kind": kind} for n in (1, 8, 64)])
       for op, kind in (("q4k_linear", "Q4_K"), ("int8_linear", "Q8_0"))
       for model, layer in ((L3, "q"), (SMOL, "down"))],
+    *[("quantize_per_token", model, to_eight, devices, [{"tokens": n, "stored": s} for n in sizes for s in KV_DTYPES])
+      for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
+    *[("dequantize_sums", model, from_eight, devices, [{"tokens": n} for n in sizes])
+      for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
     *[("gather_cache", L3, gather, GPU, [{"batch": 8, "context": 4096, "kv": kv}]) for kv in ("same", "int8")],
     ("gather_cache", SMOL, gather, BOTH, [{"batch": 4, "context": 512}]),
     ("copy_blocks", L3, copy, GPU, [{"layers": 32, "pairs": n} for n in (16, 1)]),

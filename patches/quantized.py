@@ -118,8 +118,8 @@ def _examine(form: str, device: torch.device) -> None:
             )
 
 
-#: rows of a layer's inputs that smoothing is tried on
-_ROWS = 128
+#: sequences of calibration data that are looked at, and rows of a layer's inputs that smoothing is tried on
+_SEQUENCES, _ROWS = 32, 128
 
 
 @torch.no_grad()
@@ -135,6 +135,7 @@ def _look(
         config.calibration,
         tokenizer,
         vocabulary=checks.num_embeddings(model),
+        samples=_SEQUENCES,
         longest=longest if isinstance(longest, int) else None,
     )
     largest: dict[str, Tensor] = {}
