@@ -491,12 +491,15 @@ inline int check_int8_linear(const Tensor& x, const Tensor& packed, const Tensor
 
 // quantize -----------------------------------------------------------------------------------------------------------
 
-inline void check_quantize_per_token(const Tensor& x, const OptTensor& factor, ScalarType dtype) {
+inline void check_quantize_per_token(const Tensor& x, const OptTensor& factor, int64_t rotation, ScalarType dtype) {
   const char* op = "quantize_per_token";
   check_float(op, "x", x);
   PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x", "shape " << shape_of(x), "[..., K] with K >= 1");
   PAGEDKV_CHECK(is_quantized(dtype), op, "dtype", name_of(dtype), "int8 or float8_e4m3fn");
   check_vector(op, "factor", factor, x.size(x.dim() - 1), ScalarType::Float, "x", x);
+  const bool block = rotation == 8 || rotation == 16 || rotation == 32 || rotation == 64;
+  PAGEDKV_CHECK(rotation == 0 || (block && x.size(x.dim() - 1) % rotation == 0), op, "rotation", rotation,
+                "0, 8, 16, 32 or 64 that divides K = ", x.size(x.dim() - 1));
 }
 
 inline void check_dequantize_sums(const Tensor& sums, const Tensor& row_scale, const Tensor& column_scale,

@@ -68,7 +68,7 @@ using int8_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor 
                               int64_t group_size, int64_t in_features, std::string activation);
 
 // quantize -----------------------------------------------------------------------------------------------------------
-using quantize_per_token_fn = Pair(Tensor x, OptTensor factor, ScalarType dtype);
+using quantize_per_token_fn = Pair(Tensor x, OptTensor factor, int64_t rotation, ScalarType dtype);
 using dequantize_sums_fn = Tensor(Tensor sums, Tensor row_scale, Tensor column_scale, OptTensor bias, ScalarType dtype);
 
 // rotary -------------------------------------------------------------------------------------------------------------

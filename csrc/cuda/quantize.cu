@@ -4,6 +4,8 @@
 // cache. dequantize_sums: four elements a thread where rows allow.
 //
 // Floor: (read x + write q) / 4.28 TB/s; (read sums + write y) / 4.28 TB/s.
+#include <cmath>
+
 #include "quantize.cuh"
 
 namespace pagedkv {
@@ -18,31 +20,68 @@ struct QuantizeRows {
   int64_t n;
   void* q;       // [rows, n]
   float* scale;  // [rows]
+  int rotation;  // inputs of a block, or 0
+  float root;    // 1 / its root
 };
 
-// f(i, value) for this thread's elements of a row, times the factor.
-template <class T, bool kAligned, class F>
+// f(i, values, count) for this thread's elements of a row, times the factor and rotated: eight at a time, or one where
+// rows are not multiples of eight. Every thread goes round equally often, as lanes exchange elements.
+template <class T, int N, bool kAligned, class F>
 __device__ __forceinline__ void each(const T* x, const QuantizeRows& p, F f) {
-  constexpr int N = kAligned ? 8 : 1;
-  for (int64_t i = int64_t(threadIdx.x) * N; i < p.n; i += kThreads * N) {
-    const Vec<T, N> v = load_any<kAligned, T, N>(x + i);
+  for (int64_t first = 0; first < p.n; first += kThreads * N) {
+    const int64_t i = first + int64_t(threadIdx.x) * N;
+    const bool inside = i < p.n;
+    float v[N] = {};
+    if (inside) {
+      const Vec<T, N> from = load_any<kAligned, T, N>(x + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) f(i + j, p.factor ? __fmul_rn(to_float(v.v[j]), p.factor[i + j]) : to_float(v.v[j]));
+      for (int j = 0; j < N; ++j)
+        v[j] = p.factor ? __fmul_rn(to_float(from.v[j]), p.factor[i + j]) : to_float(from.v[j]);
+    }
+    if constexpr (N == 8) {
+      if (p.rotation) {
+#pragma unroll
+        for (int h = 1; h < 8; h *= 2)
+#pragma unroll
+          for (int j = 0; j < 8; ++j)
+            if (!(j & h)) {
+              const float a = v[j], b = v[j + h];
+              v[j] = __fadd_rn(a, b), v[j + h] = __fadd_rn(a, -b);
+            }
+        for (int lanes = 1; lanes < p.rotation / 8; lanes *= 2)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const float other = __shfl_xor_sync(kFullWarp, v[j], lanes);
+            v[j] = threadIdx.x & lanes ? __fadd_rn(other, -v[j]) : __fadd_rn(v[j], other);
+          }
+#pragma unroll
+        for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(v[j], p.root);
+      }
+    }
+    if (inside) f(i, v);
   }
 }
 
-template <class T, class C, bool kAligned>
+template <class T, class C, int N, bool kAligned>
 __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ QuantizeRows p) {
   __shared__ uint32_t scratch[32];
   const int64_t row = blockIdx.x;
   const T* const x = static_cast<const T*>(p.x) + row_offset(p.map, row);
   uint32_t bits = 0;  // those of positive floats are in order, and a NaN tops them all
-  each<T, kAligned>(x, p, [&](int64_t, float v) { bits = max(bits, __float_as_uint(v) & 0x7fffffffu); });
+  each<T, N, kAligned>(x, p, [&](int64_t, const float* v) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) bits = max(bits, __float_as_uint(v[j]) & 0x7fffffffu);
+  });
   const float amax = __uint_as_float(row_reduce(bits, scratch, 0u, Max{}));
   const float scale = __fdiv_rn(amax, kQuantMax<C>);
   const float inverse = scale >= 1.17549435e-38f ? __fdiv_rn(1.f, scale) : 0.f;
   C* const q = static_cast<C*>(p.q) + row * p.n;
-  each<T, kAligned>(x, p, [&](int64_t i, float v) { q[i] = from_float<C>(__fmul_rn(v, inverse)); });
+  each<T, N, kAligned>(x, p, [&](int64_t i, const float* v) {
+    Vec<C, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) out.v[j] = from_float<C>(__fmul_rn(v[j], inverse));
+    store_vec<C, N>(q + i, out);
+  });
   if (threadIdx.x == 0) p.scale[row] = scale;
 }
 
@@ -74,8 +113,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
 
 }  // namespace
 
-Pair quantize_per_token_cuda(Tensor x, OptTensor factor, ScalarType dtype) {
-  check_quantize_per_token(x, factor, dtype);
+Pair quantize_per_token_cuda(Tensor x, OptTensor factor, int64_t rotation, ScalarType dtype) {
+  check_quantize_per_token(x, factor, rotation, dtype);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Rows rows = as_rows(x);
   const auto sizes = x.sizes();
@@ -88,13 +127,17 @@ Pair quantize_per_token_cuda(Tensor x, OptTensor factor, ScalarType dtype) {
                        factor.has_value() ? factor->const_data_ptr<float>() : nullptr,
                        x.size(x.dim() - 1),
                        q.mutable_data_ptr(),
-                       scale.mutable_data_ptr<float>()};
-  const bool aligned = rows.aligned && p.n % 8 == 0;
+                       scale.mutable_data_ptr<float>(),
+                       int(rotation),
+                       rotation ? float(1 / std::sqrt(double(rotation))) : 1.f};
+  const bool eights = p.n % 8 == 0;
   dispatch_cuda(x.scalar_type(), "quantize_per_token", [&](auto tag) {
     using T = decltype(tag);
     dispatch_cache<int8_t>(dtype, [&](auto stored) {
       using C = decltype(stored);
-      const auto kernel = aligned ? quantize_kernel<T, C, true> : quantize_kernel<T, C, false>;
+      const auto kernel = !eights        ? quantize_kernel<T, C, 1, false>
+                          : rows.aligned ? quantize_kernel<T, C, 8, true>
+                                         : quantize_kernel<T, C, 8, false>;
       kernel<<<unsigned(rows.map.rows), kThreads, 0, current_stream(x)>>>(p);
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });

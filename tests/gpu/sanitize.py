@@ -198,10 +198,11 @@ def samples(device: str) -> Iterator[Sample]:
         yield "q4k_linear", (x[:, 8:], *new.q4k(150, 6), bias, residual, "silu"), {}
         yield "int8_linear", (x[:, 1:], *new.int8(150, 1543, 32, torch.float16), bias, residual, 32, 1543, "gelu"), {}
         yield "int8_linear", (x, *new.int8(150, 1544, 1600, torch.float32), None, None, 1600, 1544), {}
-    for n, dtype, stored in itertools.product((24, 4099, 9000), FLOATS, QUANTIZED):
+    for n, dtype, stored in itertools.product((24, 4099, 9024), FLOATS, QUANTIZED):
         x, factor = new.normal(5, n + 1, dtype=dtype), new.normal(n).abs()
-        yield "quantize_per_token", (x[:, 1:], factor, stored), {}
-        yield "quantize_per_token", (new.normal(2, 3, n, dtype=dtype), None, stored), {}
+        yield "quantize_per_token", (x[:, 1:], factor, 0, stored), {}
+        rotation = {24: 8, 4099: 0, 9024: 64}[n]
+        yield "quantize_per_token", (new.normal(2, 3, n, dtype=dtype), None, rotation, stored), {}
         sums = new.normal(3, n, scale=1e4)
         args = (new.normal(3).abs(), factor, new.normal(n, dtype=dtype), dtype)
         yield "dequantize_sums", (sums if stored == torch.int8 else sums.int(), *args), {}

@@ -172,7 +172,7 @@ def samples(device: str) -> Iterator[Sample]:
             yield "int8_linear", (new.normal(*rows, 130, dtype=dtype), *int8, *more, group, 130), options
         for i, stored in enumerate(QUANTIZED):
             x = new.normal(3, 2, 44 + 8 * i, dtype=dtype)[..., 4 * i :]
-            yield "quantize_per_token", (x, new.normal(x.shape[-1]).abs() if i else None, stored), {}
+            yield "quantize_per_token", (x, new.normal(x.shape[-1]).abs() if i else None, 16 * i, stored), {}
             sums = new.normal(3, 2, 41 - i, scale=1000)
             scales = new.normal(3, 2).abs(), new.normal(41 - i).abs()
             bias = new.normal(41 - i, dtype=dtype) if i else None

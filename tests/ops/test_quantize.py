@@ -21,7 +21,7 @@ relaxed = settings(deadline=None, max_examples=80, suppress_health_check=[Health
 @relaxed
 @given(
     rows=st.integers(0, 9),
-    k=st.sampled_from([1, 7, 8, 40, 96, 257, 1000, 4096]),
+    k=st.sampled_from([1, 7, 8, 40, 96, 257, 576, 1000, 4096]),
     dtype=st.sampled_from(FLOATS),
     stored=st.sampled_from(QUANTIZED),
     with_factor=st.booleans(),
@@ -39,8 +39,11 @@ def test_bits_of_rows(device, rows, k, dtype, stored, with_factor, view, seed) -
     if rows > 2:
         x[..., 1, :] = 0
     factor = new.normal(k).abs() + 0.1 if with_factor else None
-    q, scale = ops.quantize_per_token(x, factor, dtype=stored)
-    want_q, want_scale = REFERENCES["quantize_per_token"](x, factor, stored)
+    rotation = next(
+        block for block in [(64, 32, 16, 8), (32, 8), (0,)][seed % 3] + (0,) if block == 0 or k % block == 0
+    )
+    q, scale = ops.quantize_per_token(x, factor, rotation=rotation, dtype=stored)
+    want_q, want_scale = REFERENCES["quantize_per_token"](x, factor, rotation, stored)
     assert q.dtype == stored and q.is_contiguous() and q.shape == x.shape and scale.shape == x.shape[:-1]
     assert same_bits(scale, want_scale)
     assert same_bits(q, want_q.contiguous())
@@ -55,6 +58,20 @@ def test_half_a_step(device: str, dtype: torch.dtype, stored: torch.dtype) -> No
     # int8: half a step of the row; float8: half a unit in the last of four binary places
     step = scale.double()[:, None] if stored == torch.int8 else x.double().abs() / 8 + scale.double()[:, None] / 256
     assert bool((error <= 0.501 * step).all())
+
+
+def test_rotation_is_hadamards(device: str) -> None:
+    """A unit vector becomes a row of the matrix; what is rotated twice is what it was."""
+    for block in (8, 16, 32, 64):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < block:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        q, scale = ops.quantize_per_token(torch.eye(2 * block, device=device), rotation=block, dtype=torch.int8)
+        want = 127 * torch.block_diag(matrix, matrix)
+        assert torch.equal(q.cpu().float(), want)
+        torch.testing.assert_close(scale.cpu(), torch.full((2 * block,), block**-0.5 / 127))
+        x = torch.randn(3, 2 * block)
+        torch.testing.assert_close(ops.quantize.rotated(ops.quantize.rotated(x, block), block), x)
 
 
 def test_odd_rows(device: str) -> None:
@@ -99,12 +116,14 @@ def test_sums(device, rows, n, whole, dtype, with_bias, seed) -> None:
         ({"x": lambda x: x[:, :0]}, r"x: got shape \[3, 0\]"),
         ({"factor": lambda f: f[1:]}, r"factor: got shape \[15\]"),
         ({"factor": lambda f: f.half()}, "factor: got float16, needs float32"),
+        ({"rotation": lambda _: 12}, "rotation: got 12, needs 0, 8, 16, 32 or 64 that divides K = 16"),
+        ({"rotation": lambda _: 32}, "rotation: got 32"),
         ({"dtype": lambda _: torch.uint8}, "dtype: got uint8, needs int8 or float8_e4m3fn"),
     ],
 )
 def test_rows_refuse(device: str, change: dict[str, Any], message: str) -> None:
     new = Inputs(device)
-    args: dict[str, Any] = {"x": new.normal(3, 16), "factor": new.normal(16), "dtype": torch.int8}
+    args: dict[str, Any] = {"x": new.normal(3, 16), "factor": new.normal(16), "rotation": 0, "dtype": torch.int8}
     args |= {name: edit(args[name]) for name, edit in change.items()}
     with pytest.raises(RuntimeError, match=f"quantize_per_token: {message}"):
         ops.quantize_per_token(**args)
