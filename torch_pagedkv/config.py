@@ -49,8 +49,8 @@ class PagedConfig:
             weights, a scale for each output, and on the fly activations, a scale for each token. None leaves them as
             they were loaded, also if that is in 4 bits.
         calibration: for weights="int8" and "fp8": a list of texts, a path to a file of text, token ids (a tensor [S, T]
-            or a list of lists), from which SmoothQuant's scales are taken, or None: no smoothing. Never the text of an
-            evaluation.
+            or a list of lists), from which SmoothQuant's scales are searched, or None: no smoothing. Never the text of
+            an evaluation.
         tokenizer: for calibration text; None: the one that lies where the model came from.
         gguf_file: for weights="gguf", the path of a GGUF file of this model. Its Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K layers
             are taken over; layers of other types, norms and embeddings stay the model's own. A file of another model is
