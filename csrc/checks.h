@@ -312,6 +312,28 @@ inline void check_linear(const Tensor& x, const Tensor& weight, const OptTensor&
   if (bias.has_value()) check_vector(op, "bias", *bias, weight.size(0), x.scalar_type(), "x", x);
 }
 
+// What follows the product of a layer over packed weights. Returns the activation's place in `activations`.
+template <size_t count>
+inline int check_epilogue(const char* op, const Tensor& x, int64_t outputs, const OptTensor& bias,
+                          const OptTensor& residual, const std::string& activation,
+                          const char* const (&activations)[count]) {
+  if (bias.has_value()) check_vector(op, "bias", *bias, outputs, x.scalar_type(), "x", x);
+  if (residual.has_value()) {
+    bool ok = residual->dim() == x.dim() && residual->size(x.dim() - 1) == outputs;
+    for (int64_t i = 0; ok && i + 1 < x.dim(); ++i) ok = residual->size(i) == x.size(i);
+    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual), "the result's shape: x's with N = ", outputs,
+                  " as its last size");
+    check_same_dtype(op, "residual", *residual, "x", x);
+    check_device(op, "residual", *residual, "x", x);
+  }
+  std::string known;
+  for (size_t i = 0; i < count; ++i) {
+    if (activation == activations[i]) return int(i);
+    known += (i ? ", " : "") + std::string(activations[i]);
+  }
+  fail(op, ": activation: got \"", activation, "\", needs one of ", known);
+}
+
 // The arguments that every use of a packed weight has; `inputs` is K, what the groups divide.
 inline void check_int4(const char* op, const Tensor& packed, const Tensor& scales, const OptTensor& zeros,
                        const OptTensor& offsets, const OptTensor& perm, int64_t group_size, int64_t inputs) {
@@ -368,21 +390,134 @@ inline int check_int4_linear(const Tensor& x, const Tensor& packed, const Tensor
   if (perm.has_value()) check_shape(op, "perm", *perm, {-1}, "[K]");
   check_int4(op, packed, scales, zeros, offsets, perm, group_size, perm.has_value() ? perm->size(0) : in_features);
   check_device(op, "scales", scales, "x", x);
-  if (bias.has_value()) check_vector(op, "bias", *bias, scales.size(1), x.scalar_type(), "x", x);
-  if (residual.has_value()) {
-    bool ok = residual->dim() == x.dim() && residual->size(x.dim() - 1) == scales.size(1);
-    for (int64_t i = 0; ok && i + 1 < x.dim(); ++i) ok = residual->size(i) == x.size(i);
-    PAGEDKV_CHECK(ok, op, "residual", "shape " << shape_of(*residual),
-                  "the result's shape: x's with N = ", scales.size(1), " as its last size");
-    check_same_dtype(op, "residual", *residual, "x", x);
-    check_device(op, "residual", *residual, "x", x);
+  return check_epilogue(op, x, scales.size(1), bias, residual, activation, activations);
+}
+
+// q4k ----------------------------------------------------------------------------------------------------------------
+
+inline void check_q4k(const char* op, const Tensor& packed, const Tensor& scales, const Tensor& mins, const Tensor& d,
+                      const Tensor& dmin) {
+  check_shape(op, "d", d, {-1, -1}, "[K / 256, N]");
+  const int64_t supers = d.size(0), outputs = d.size(1), groups = supers * kQ4KGroups;
+  check_shape(op, "dmin", dmin, {supers, outputs}, "d's shape");
+  check_shape(op, "scales", scales, {groups, outputs}, "[K / 32, N]");
+  check_shape(op, "mins", mins, {groups, outputs}, "[K / 32, N]");
+  check_shape(op, "packed", packed, {(outputs + kInt4Block - 1) / kInt4Block, groups * 4, kInt4Block},
+              "q4k_repack's [ceil(N / 32), K / 8, 32]");
+  check_dtype(op, "packed", packed, ScalarType::Int);
+  check_dtype(op, "scales", scales, ScalarType::Byte);
+  check_dtype(op, "mins", mins, ScalarType::Byte);
+  check_dtype(op, "d", d, ScalarType::Half);
+  check_dtype(op, "dmin", dmin, ScalarType::Half);
+  for (auto [arg, t] : {std::pair<const char*, const Tensor*>{"packed", &packed},
+                        {"scales", &scales},
+                        {"mins", &mins},
+                        {"d", &d},
+                        {"dmin", &dmin}}) {
+    PAGEDKV_CHECK(t->is_contiguous(), op, arg, "a strided view", "a contiguous tensor");
+    check_device(op, arg, *t, "scales", scales);
   }
-  std::string known;
-  for (size_t i = 0; i < count; ++i) {
-    if (activation == activations[i]) return int(i);
-    known += (i ? ", " : "") + std::string(activations[i]);
-  }
-  fail(op, ": activation: got \"", activation, "\", needs one of ", known);
+}
+
+inline void check_q4k_repack(const Tensor& blocks) {
+  const char* op = "q4k_repack";
+  check_shape(op, "blocks", blocks, {-1, -1}, "[N, bytes of a row]");
+  check_dtype(op, "blocks", blocks, ScalarType::Byte);
+  PAGEDKV_CHECK(blocks.size(1) % kQ4KBytes == 0, op, "blocks", blocks.size(1) << " bytes in a row", "a multiple of ",
+                kQ4KBytes, ": super-blocks of ", kQ4KInputs, " inputs");
+}
+
+inline void check_q4k_dequantize(const Tensor& packed, const Tensor& scales, const Tensor& mins, const Tensor& d,
+                                 const Tensor& dmin, ScalarType dtype) {
+  const char* op = "q4k_dequantize";
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
+  check_q4k(op, packed, scales, mins, d, dmin);
+}
+
+template <size_t count>
+inline int check_q4k_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& mins,
+                            const Tensor& d, const Tensor& dmin, const OptTensor& bias, const OptTensor& residual,
+                            const std::string& activation, const char* const (&activations)[count]) {
+  const char* op = "q4k_linear";
+  check_float(op, "x", x);
+  check_q4k(op, packed, scales, mins, d, dmin);
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == d.size(0) * kQ4KInputs, op, "x", "shape " << shape_of(x),
+                "[..., K] with K = ", d.size(0) * kQ4KInputs);
+  check_device(op, "scales", scales, "x", x);
+  return check_epilogue(op, x, scales.size(1), bias, residual, activation, activations);
+}
+
+// int8 ---------------------------------------------------------------------------------------------------------------
+
+inline void check_int8(const char* op, const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t inputs) {
+  check_float(op, "scales", scales);
+  PAGEDKV_CHECK(inputs >= 0, op, "in_features", inputs, "0 or more");
+  PAGEDKV_CHECK(group_size > 0 && (group_size % kInt4Block == 0 || group_size >= inputs), op, "group_size", group_size,
+                "a multiple of ", kInt4Block, ", or K = ", inputs, " for one group");
+  check_shape(op, "scales", scales, {(inputs + group_size - 1) / group_size, -1}, "[ceil(K / group_size), N]");
+  PAGEDKV_CHECK(scales.is_contiguous(), op, "scales", "a strided view", "a contiguous tensor");
+  check_dtype(op, "packed", packed, ScalarType::Int);
+  check_shape(op, "packed", packed,
+              {(scales.size(1) + kInt4Block - 1) / kInt4Block, (inputs + kInt4Block - 1) / kInt4Block * 8, kInt4Block},
+              "int8_repack's [ceil(N / 32), 8 ceil(K / 32), 32]");
+  PAGEDKV_CHECK(packed.is_contiguous(), op, "packed", "a strided view", "a contiguous tensor");
+  check_device(op, "packed", packed, "scales", scales);
+}
+
+inline void check_int8_repack(const Tensor& q) {
+  check_shape("int8_repack", "q", q, {-1, -1}, "[N, K]");
+  check_dtype("int8_repack", "q", q, ScalarType::Char);
+}
+
+inline void check_int8_dequantize(const Tensor& packed, const Tensor& scales, int64_t group_size, int64_t in_features,
+                                  ScalarType dtype) {
+  const char* op = "int8_dequantize";
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
+  check_int8(op, packed, scales, group_size, in_features);
+}
+
+template <size_t count>
+inline int check_int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptTensor& bias,
+                             const OptTensor& residual, int64_t group_size, int64_t in_features,
+                             const std::string& activation, const char* const (&activations)[count]) {
+  const char* op = "int8_linear";
+  check_float(op, "x", x);
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, op, "x", "shape " << shape_of(x),
+                "[..., in_features] with in_features = ", in_features);
+  check_int8(op, packed, scales, group_size, in_features);
+  check_device(op, "scales", scales, "x", x);
+  return check_epilogue(op, x, scales.size(1), bias, residual, activation, activations);
+}
+
+// quantize -----------------------------------------------------------------------------------------------------------
+
+inline void check_quantize_per_token(const Tensor& x, const OptTensor& factor, int64_t rotation, ScalarType dtype) {
+  const char* op = "quantize_per_token";
+  check_float(op, "x", x);
+  PAGEDKV_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, "x", "shape " << shape_of(x), "[..., K] with K >= 1");
+  PAGEDKV_CHECK(is_quantized(dtype), op, "dtype", name_of(dtype), "int8 or float8_e4m3fn");
+  check_vector(op, "factor", factor, x.size(x.dim() - 1), ScalarType::Float, "x", x);
+  const bool block = rotation == 8 || rotation == 16 || rotation == 32 || rotation == 64;
+  PAGEDKV_CHECK(rotation == 0 || (block && x.size(x.dim() - 1) % rotation == 0), op, "rotation", rotation,
+                "0, 8, 16, 32 or 64 that divides K = ", x.size(x.dim() - 1));
+}
+
+inline void check_dequantize_sums(const Tensor& sums, const Tensor& row_scale, const Tensor& column_scale,
+                                  const OptTensor& bias, ScalarType dtype) {
+  const char* op = "dequantize_sums";
+  PAGEDKV_CHECK(sums.scalar_type() == ScalarType::Int || sums.scalar_type() == ScalarType::Float, op, "sums",
+                dtype_of(sums), "int32 or float32");
+  PAGEDKV_CHECK(sums.dim() >= 1, op, "sums", "a 0-dimensional tensor", "[..., N]");
+  PAGEDKV_CHECK(sums.is_contiguous(), op, "sums", "a strided view", "a contiguous tensor");
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
+  bool ok = row_scale.dim() == sums.dim() - 1;
+  for (int64_t i = 0; ok && i < row_scale.dim(); ++i) ok = row_scale.size(i) == sums.size(i);
+  PAGEDKV_CHECK(ok, op, "row_scale", "shape " << shape_of(row_scale), "sums' shape without N");
+  check_dtype(op, "row_scale", row_scale, ScalarType::Float);
+  PAGEDKV_CHECK(row_scale.is_contiguous(), op, "row_scale", "a strided view", "a contiguous tensor");
+  check_device(op, "row_scale", row_scale, "sums", sums);
+  check_vector(op, "column_scale", column_scale, sums.size(sums.dim() - 1), ScalarType::Float, "sums", sums);
+  check_vector(op, "bias", bias, sums.size(sums.dim() - 1), dtype, "sums", sums);
 }
 
 inline void check_bias_act(const Tensor& x, const OptTensor& bias) {

@@ -53,6 +53,24 @@ using int4_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor 
                               OptTensor perm, OptTensor bias, OptTensor residual, int64_t group_size,
                               int64_t in_features, std::string activation);
 
+// q4k ----------------------------------------------------------------------------------------------------------------
+using Q4KTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // packed, scales, mins, d, dmin
+using q4k_repack_fn = Q4KTensors(Tensor blocks);
+using q4k_dequantize_fn = Tensor(Tensor packed, Tensor scales, Tensor mins, Tensor d, Tensor dmin, ScalarType dtype);
+using q4k_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, Tensor mins, Tensor d, Tensor dmin, OptTensor bias,
+                             OptTensor residual, std::string activation);
+
+// int8 ---------------------------------------------------------------------------------------------------------------
+using int8_repack_fn = Tensor(Tensor q);
+using int8_dequantize_fn = Tensor(Tensor packed, Tensor scales, int64_t group_size, int64_t in_features,
+                                  ScalarType dtype);
+using int8_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor bias, OptTensor residual,
+                              int64_t group_size, int64_t in_features, std::string activation);
+
+// quantize -----------------------------------------------------------------------------------------------------------
+using quantize_per_token_fn = Pair(Tensor x, OptTensor factor, int64_t rotation, ScalarType dtype);
+using dequantize_sums_fn = Tensor(Tensor sums, Tensor row_scale, Tensor column_scale, OptTensor bias, ScalarType dtype);
+
 // rotary -------------------------------------------------------------------------------------------------------------
 using rotary_embedding_fn = void(Tensor query, OptTensor key, Tensor cos, Tensor sin, bool interleaved);
 using rotary_and_cache_fn = void(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor key_cache,

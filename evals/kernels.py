@@ -50,6 +50,8 @@ FAMILIES = {  # section of the table -> its ops
     "norm": ("rms_norm", "add_rms_norm", "layer_norm"),
     "linear": ("linear",),
     "int4": ("int4_linear",),
+    "gguf": ("q4k_linear", "int8_linear"),
+    "8-bit product": ("quantize_per_token", "dequantize_sums"),
     "rotary": ("rotary_embedding", "rotary_and_cache"),
     "activation": ("silu_and_mul", "gelu_and_mul", "bias_act"),
     "sampling": ("sample", "argmax"),
@@ -599,6 +601,85 @@ def int4(env: Env, model: Model, layer: str, rows: int, group: int) -> Problem:
     return Problem(make, call, truth, outputs, moved=moved, bound=env.rounding(0.6, 8), flops=flops, peers=peers)
 
 
+def gguf(env: Env, model: Model, layer: str, rows: int, kind: str) -> Problem:
+    """q4k_linear (kind "Q4_K") or int8_linear (kind "Q8_0") beside F.linear on the dequantised weight."""
+    n, k = LAYERS[layer](model)
+    k = k // 256 * 256
+    options = {} if kind == "Q4_K" else {"group_size": 32, "in_features": k}
+    op = "q4k" if kind == "Q4_K" else "int8"
+
+    def make() -> Inputs:
+        a = Inputs(x=env.normal(rows, k))
+        if kind == "Q4_K":
+            blocks = torch.randint(0, 256, (n, k // 256, 144), dtype=torch.uint8, device=env.device)
+            numbers = torch.rand(n, k // 256, 2, device=env.device) * 0.002 + 0.0005
+            blocks[..., :4] = numbers.half().view(torch.uint8).view(n, -1, 4)
+            a.parts = ops.q4k_repack(blocks.flatten(1))
+        else:
+            q = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=env.device)
+            a.parts = ops.int8_repack(q), (torch.rand(k // 32, n, device=env.device) * 0.002 + 0.0005).half()
+        a.dense = getattr(ops, f"{op}_dequantize")(*a.parts, dtype=env.dtype, **options)
+        return a
+
+    def truth(a: Inputs) -> Tensors:
+        return [reference(f"{op}_linear", a.x.double(), *a.parts, None, None, *options.values())]
+
+    return Problem(
+        make,
+        lambda a: getattr(ops, f"{op}_linear")(a.x, *a.parts, **options),
+        truth,
+        outputs,
+        moved=n * k * (4.625 if kind == "Q4_K" else 8.5) / 8 + env.size * rows * (n + k),
+        bound=env.rounding(0.6, 8),
+        flops=2.0 * rows * n * k if rows >= 64 else 0.0,
+        peers={"F.linear": lambda a: F.linear(a.x, a.dense)},
+    )
+
+
+def to_eight(env: Env, model: Model, tokens: int, stored: str) -> Problem:
+    """quantize_per_token of a layer's input with SmoothQuant's factors, beside the same in PyTorch."""
+    k, dtype = model.hidden, KV_DTYPES[stored]
+
+    def make() -> Inputs:
+        return Inputs(x=env.normal(tokens, k), factor=env.normal(k).float().abs())
+
+    def plain(a: Inputs) -> Any:
+        x = a.x.float() * a.factor
+        scale = x.abs().amax(-1, keepdim=True) / (127.0 if stored == "int8" else 448.0)
+        x = x / scale
+        return (x.round() if stored == "int8" else x).to(dtype), scale
+
+    return Problem(
+        make,
+        lambda a: ops.quantize_per_token(a.x, a.factor, dtype=dtype),
+        lambda a: [t.float() for t in reference("quantize_per_token", a.x, a.factor, 0, dtype)],
+        lambda a, result: [t.float() for t in result],
+        moved=tokens * (k * (env.size + 1) + 4) + 4 * k,
+        bound=0.0,
+        peers={"PyTorch": plain},
+    )
+
+
+def from_eight(env: Env, model: Model, tokens: int) -> Problem:
+    """dequantize_sums of the sums of torch._int_mm, with a bias, beside the same in PyTorch."""
+    n = model.hidden
+
+    def make() -> Inputs:
+        a = Inputs(sums=env.ints(torch.randint(-100000, 100000, (tokens, n))), bias=env.normal(n))
+        a.row, a.column = env.normal(tokens).float().abs() * 0.01, env.normal(n).float().abs() * 0.01
+        return a
+
+    return Problem(
+        make,
+        lambda a: ops.dequantize_sums(a.sums, a.row, a.column, a.bias, dtype=env.dtype),
+        lambda a: [reference("dequantize_sums", a.sums, a.row, a.column, a.bias, torch.float64)],
+        outputs,
+        moved=tokens * n * (4 + env.size) + 4 * tokens + (4 + env.size) * n,
+        bound=env.rounding(0.6, 8),
+        peers={"PyTorch": lambda a: (a.sums.float() * a.row[:, None] * a.column + a.bias).to(env.dtype)},
+    )
+
+
 def gated(env: Env, model: Model, tokens: int, op: str) -> Problem:
     """silu_and_mul or gelu_and_mul (tanh) of the halves of a packed projection; bias_act with gelu."""
     n = model.ffn
@@ -783,6 +864,13 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
           (L3, BOTH, ("q",), (1, 8, 64), 128), (L3, GPU, ("gate", "down"), (1, 16, 64, 256, 1024), 128),
           (SMOL, BOTH, tuple(LAYERS), (1, 8, 64, 512), 64),
       )],
+    *[(op, model, gguf, BOTH, [{"layer": layer, "rows": n, "kind": kind} for n in (1, 8, 64)])
+      for op, kind in (("q4k_linear", "Q4_K"), ("int8_linear", "Q8_0"))
+      for model, layer in ((L3, "q"), (SMOL, "down"))],
+    *[("quantize_per_token", model, to_eight, devices, [{"tokens": n, "stored": s} for n in sizes for s in KV_DTYPES])
+      for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
+    *[("dequantize_sums", model, from_eight, devices, [{"tokens": n} for n in sizes])
+      for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
     *[("gather_cache", L3, gather, GPU, [{"batch": 8, "context": 4096, "kv": kv}]) for kv in ("same", "int8")],
     ("gather_cache", SMOL, gather, BOTH, [{"batch": 4, "context": 512}]),
     ("copy_blocks", L3, copy, GPU, [{"layers": 32, "pairs": n} for n in (16, 1)]),

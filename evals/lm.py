@@ -103,7 +103,7 @@ class PagedLM(HFLM):
             if options:
                 raise models.UserError(f"{', '.join(options)}: the model is patched already")
         else:
-            if options.get("weights") in METHODS:
+            if options.get("weights") in METHODS or "calibration" in options:
                 options["tokenizer"] = self.tokenizer
             models.patch(self.model, **options)
         self.share_contexts = share_contexts

@@ -93,8 +93,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 def _tell_of_weights(model: PreTrainedModel, config: PagedConfig) -> None:
     if weights.stay(model, config):
         logger.warning(
-            "torch_pagedkv: the linear layers of %s stay 4-bit, their original weights were freed. Load the model "
-            "again to have them back, or patch(..., keep_original=True) to keep them beside the 4-bit ones.",
+            "torch_pagedkv: the linear layers of %s stay quantised, their original weights were freed. Load the model "
+            "again to have them back, or patch(..., keep_original=True) to keep them beside the quantised ones.",
             type(model).__name__,
         )
 

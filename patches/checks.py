@@ -21,6 +21,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from ..config import PagedConfig
 from ..kv.manager import PagingRules
 from ..kv.pool import CACHE_DTYPES, MODEL_DTYPES, LayerSpec
+from ..quant.eight import unrounded
 from . import families, match
 
 #: what attention functions may be given by keyword; anything else could change the result
@@ -269,7 +270,7 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
         )
     ]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
+        with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model), unrounded(model):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:
         raise UnsupportedModelError(
@@ -286,7 +287,7 @@ def probe(model: PreTrainedModel, candidates: dict[str, nn.Module]) -> tuple[_Re
     given = {"input_ids": ids, "past_key_values": DynamicCache(), "use_cache": True}
     if _accepts(model, "position_ids"):
         given["position_ids"] = torch.arange(_PROBE_TOKENS, device=model.device).repeat(2, 1)
-    with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model):
+    with torch.no_grad(), torch.random.fork_rng(devices), match.evaluating(model), unrounded(model):
         counted = model(**given).logits.nan_to_num()  # broken weights are no sign of anything here
     limit = max(1e-3, 8 * torch.finfo(counted.dtype).eps)
     if match.relative_error(counted[1, :-1], counted[0, :-1]) > limit:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
+from ..quant.eight import unrounded
 from . import checks, layer, linear, match, mlp, norm, residual, rotary
 from .checks import UnsupportedModelError
 from .log import PatchLog
@@ -37,7 +38,7 @@ _RECIPES = (norm, mlp, residual, linear, rotary)
 def probe(model: PreTrainedModel) -> Tensor:
     """Logits [2, 9, V] of fixed random tokens, without a cache: what must stay the same."""
     ids = _tokens(model)
-    with match.evaluating(model):
+    with match.evaluating(model), unrounded(model):
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 

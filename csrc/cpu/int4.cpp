@@ -2,7 +2,7 @@
 
 #include <cstring>
 
-#include "int4_kernel.h"
+#include "packed_linear.h"
 #include "simd.h"
 #include "tensors.h"
 
@@ -20,8 +20,6 @@ const Int4Kernels& kernels() {
   }();
   return *table;
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Tensor int4_repack(Tensor q) {
   check_int4_repack(q);
@@ -106,42 +104,49 @@ int64_t chunk_of(int64_t group, int64_t k) {
   return chunk;
 }
 
-constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh"};
-constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
-
 Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
                    OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
                    std::string activation) {
   const int act = check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features,
-                                    activation, kActivations);
+                                    activation, kPackedActivations);
+  const int32_t* order = check_perm("int4_linear", perm, in_features);
+  Int4Scales s{};
+  s.scales = scales.const_data_ptr();
+  s.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
+  s.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
+  s.dtype = row_type(scales);
+  s.n = scales.size(1), s.group = group_size;
+  return packed_linear(x, packed, kFourBits, s, order, order ? perm->size(0) : in_features, bias, residual,
+                       kPackedActs[act]);
+}
+
+}  // namespace
+
+Tensor packed_linear(const Tensor& x, const Tensor& packed, WeightBits bits, const Int4Scales& s, const int32_t* order,
+                     int64_t k, const OptTensor& bias, const OptTensor& residual, Act act) {
   const int type = row_type(x);
   const auto x_sizes = x.sizes();
   std::vector<int64_t> sizes(x_sizes.begin(), x_sizes.end());
-  sizes.back() = scales.size(1);
+  sizes.back() = s.n;
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
   Tensor y = new_tensor(sizes.data(), int64_t(sizes.size()), dtype);
 
   const Rows in(x);
-  const int32_t* order = check_perm("int4_linear", perm, in.n);
-  const int64_t k = order ? perm->size(0) : in.n, item = kRowTypeSize[type];
+  const int64_t item = kRowTypeSize[type];
   OptTensor added = residual;
   if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   Int4Task task{};
   task.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
-  task.s.scales = scales.const_data_ptr();
-  task.s.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
-  task.s.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
-  task.s.dtype = row_type(scales);
-  task.s.n = scales.size(1), task.s.group = group_size;
-  task.k_padded = packed.size(1) * kInt4Word, task.chunk = chunk_of(group_size, k);
+  task.s = s;
+  task.k_padded = ceil_div(k, kInt4Block) * kInt4Block, task.chunk = chunk_of(s.group, k);
   task.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  task.activate = rows().activate[kFloat32], task.act = kActs[act];
+  task.activate = rows().activate[kFloat32], task.act = act;
   const char* const residuals = added.has_value() ? static_cast<const char*>(added->const_data_ptr()) : nullptr;
   char* const out = static_cast<char*>(y.mutable_data_ptr());
-  if (in.count == 0 || task.s.n == 0) return y;
+  if (in.count == 0 || s.n == 0) return y;
 
-  const bool sums = zeros.has_value() || offsets.has_value();
+  const bool sums = s.zeros || s.offsets;
   const int64_t most = std::min(in.count, kInt4Rows), chunks = ceil_div(task.k_padded, task.chunk);
   const int64_t x_bytes = ceil_div(most * task.k_padded * kernels().x_bytes[type], 64) * 64;
   thread_local std::vector<char> memory;  // grows to the largest layer, then stays
@@ -174,12 +179,11 @@ Tensor int4_linear(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptT
     constexpr int64_t kBlocks = 2;  // of outputs, to a thread at a time: what the widest kernel takes at once
     const int64_t blocks = packed.size(0);
     split(ceil_div(blocks, kBlocks), kBlocks * kInt4Block * k * task.rows,
-          [&](int64_t b, int64_t e) { kernels().run[type](task, b * kBlocks, std::min(e * kBlocks, blocks)); });
+          [&](int64_t b, int64_t e) { kernels().run[bits][type](task, b * kBlocks, std::min(e * kBlocks, blocks)); });
   }
   return y;
 }
 
-}  // namespace
 }  // namespace pagedkv
 
 STABLE_TORCH_LIBRARY_IMPL(torch_pagedkv, CPU, m) {

@@ -1,10 +1,12 @@
-// y = x W^T for 4-bit W (int4.h has its layout), any number of rows of x.
+// y = x W^T for packed W of 4 or 8 bits (int4.h has the layouts), any number of rows of x.
 //
 // A vector holds outputs, W of them (W: floats in a vector), and a row's inputs are broadcast to it, so nothing is
 // summed across lanes. Weights enter the products as the whole numbers q - 8, exactly, and are scaled as sums of a
 // chunk (at most 128 inputs of one group):
 //
 //     y = sum over chunks of  scale * sum((q - 8) x) + c * sum(x),    c = scale (8 - zero) or offset + 8 scale
+//
+// (8 bits: q itself, and no c; Q4_K: scale = d * its 6 bits, offset = - dmin * its 6 bits, both exact in float32.)
 //
 // Words come apart without a mask: vpermw (vpermps) picks from a table by the low bits of a shifted word, 32 weights as
 // bfloat16 pairs for vdpbf16ps, or 16 as float32; without AVX-512 two shifts sign-extend a nibble.
@@ -30,28 +32,62 @@ constexpr int kBlocks = 1, kFusedRows = 2, kPanelRows = 3;  // 12 sums, a weight
 constexpr int kBlocks = 1, kFusedRows = 1, kPanelRows = 1;
 #endif
 
+// ---- what a word holds ----------------------------------------------------------------------------------------------
+
+INLINE vf to_floats(vi q) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(as<__m512i>(q));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(as<__m256i>(q));
+#else
+  return __builtin_convertvector(q, vf);
+#endif
+}
+
+struct Nibbles {
+  static constexpr int kWord = kInt4Word;  // inputs
+  static INLINE vf number(vu w, int i) {
+#if defined(__AVX512F__)
+    const vf table = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    return _mm512_permutexvar_ps(as<__m512i>(w >> int4_shift(i)), table);  // looks at the low four bits
+#else
+    return to_floats(as<vi>(w << (28 - int4_shift(i))) >> 28);
+#endif
+  }
+#if defined(__AVX512BF16__)
+  static INLINE __m512bh pair(vu w, int i) {  // of inputs 2 i and 2 i + 1
+    using v32 = uint16_t __attribute__((vector_size(64)));
+    // 0 .. 7, -8 .. -1 twice, as only five bits of an index count
+    const v32 table = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0,
+                       0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
+                       0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+    const __m512i index = _mm512_srli_epi16(as<__m512i>(w), unsigned(4 * i));
+    return (__m512bh)_mm512_permutexvar_epi16(index, as<__m512i>(table));
+  }
+#endif
+};
+
+struct Bytes {
+  static constexpr int kWord = kInt8Word;
+  static INLINE vf number(vu w, int i) { return to_floats(as<vi>(w << (24 - int8_shift(i))) >> 24); }
+#if defined(__AVX512BF16__)
+  static INLINE __m512bh pair(vu w, int i) {  // eight bits are a bfloat16's precision: the low half of the floats is 0
+    return (__m512bh)as<__m512i>(as<vu>(number(w, 2 * i)) >> 16 | as<vu>(number(w, 2 * i + 1)));
+  }
+#endif
+};
+
 // ---- number formats of the products ---------------------------------------------------------------------------------
 
-template <class T>
+template <class T, class Code>
 struct Floats {
   using E = T;
   using X = float;
   using Operand = vf;
   using Input = vf;
   static constexpr int kInputs = 1;  // of a step
-  static INLINE Operand decode(vu w, int step) {
-#if defined(__AVX512F__)
-    const vf table = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
-    return _mm512_permutexvar_ps(as<__m512i>(w >> int4_shift(step)), table);  // looks at the low four bits
-#else
-    const vi q = as<vi>(w << (28 - int4_shift(step))) >> 28;
-#if defined(__AVX2__)
-    return _mm256_cvtepi32_ps(as<__m256i>(q));
-#else
-    return __builtin_convertvector(q, vf);
-#endif
-#endif
-  }
+  static constexpr int kWord = Code::kWord;
+  static INLINE Operand decode(vu w, int step) { return Code::number(w, step); }
   static INLINE Input input(const X* x, int step) { return splat(x[step]); }
   static INLINE vf dot(Operand w, Input x, vf sum) { return fma(w, x, sum); }
   static INLINE void pack(const E* x, int64_t n, X* out) {
@@ -60,21 +96,15 @@ struct Floats {
 };
 
 #if defined(__AVX512BF16__)
+template <class Code>
 struct Products {  // of pairs of bfloat16
   using E = BF16;
   using X = uint16_t;
   using Operand = __m512bh;
   using Input = __m512bh;
   static constexpr int kInputs = 2;
-  static INLINE Operand decode(vu w, int step) {
-    using v32 = uint16_t __attribute__((vector_size(64)));
-    // 0 .. 7, -8 .. -1 twice, as only five bits of an index count
-    const v32 table = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0,
-                       0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
-                       0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
-    const __m512i index = _mm512_srli_epi16(as<__m512i>(w), unsigned(4 * step));
-    return (__m512bh)_mm512_permutexvar_epi16(index, as<__m512i>(table));
-  }
+  static constexpr int kWord = Code::kWord;
+  static INLINE Operand decode(vu w, int step) { return Code::pair(w, step); }
   static INLINE Input input(const X* x, int step) {
     uint32_t pair;
     memcpy(&pair, x + 2 * step, 4);
@@ -86,9 +116,11 @@ struct Products {  // of pairs of bfloat16
     if (n > 0) memcpy(out, x, size_t(2 * n));
   }
 };
-using BF16Policy = Products;
+template <class Code>
+using BF16Policy = Products<Code>;
 #else
-using BF16Policy = Floats<BF16>;
+template <class Code>
+using BF16Policy = Floats<BF16, Code>;
 #endif
 
 template <class P>
@@ -142,8 +174,27 @@ INLINE void load_factors(const Int4Scales& s, int64_t group, int64_t n, int coun
 #pragma GCC unroll 8
   for (int i = 0; i < int(V * W * sizeof(T)); i += 64) __builtin_prefetch(next + i);
 }
+// Q4_K's: two numbers of 6 bits for each group, which eight groups' pair of float16 multiply.
+template <int V>
+INLINE void load_super_factors(const Int4Scales& s, int64_t group, int64_t n, int count, Factors<V>& f) {
+  const int64_t at = group * s.n + n, super = group / kQ4KGroups * s.n + n;
+  const F16 *d = static_cast<const F16*>(s.scales) + super, *dmin = static_cast<const F16*>(s.offsets) + super;
+  auto load = [&](int v, auto part) {
+    auto number = [&](const uint8_t* p) { return fetch(reinterpret_cast<const I8*>(p) + at + v * W, part); };
+    f.scale[v] = fetch(d + v * W, part) * number(s.sub_scales);
+    f.shift[v] = fma(f.scale[v], splat(8.f), -(fetch(dmin + v * W, part) * number(s.sub_mins)));
+  };
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    if (count >= V * W)
+      load(v, Full{});
+    else
+      load(v, Part{int(max64(0, min64(W, count - v * W)))});
+  }
+}
 template <int V>
 INLINE void load_factors(const Int4Scales& s, int64_t group, int64_t n, int count, Factors<V>& f) {
+  if (s.sub_scales) return load_super_factors<V>(s, group, n, count, f);
   switch (s.dtype) {
     case kFloat16:
       return load_factors<F16>(s, group, n, count, f);
@@ -186,7 +237,7 @@ void finish(const Int4Task& t, int64_t row, int64_t n, int count, float* total) 
 
 // ---- products -------------------------------------------------------------------------------------------------------
 
-// The words of V vectors of outputs for the eight inputs 8 j .. The same of the next blocks are prefetched into the
+// The words j of V vectors of outputs. The same of the next blocks are prefetched into the
 // second-level cache: from memory that makes 28 GB/s of 21 (a row, 4096 x 4096), where a plain sum of floats makes 34.
 template <int V>
 INLINE void load_words(const uint32_t* block, int64_t block_words, int64_t j, vu (&w)[V]) {
@@ -201,10 +252,10 @@ INLINE void load_words(const uint32_t* block, int64_t block_words, int64_t j, vu
 // R rows, all chunks; words taken apart in registers.
 template <class P, int R, int B>
 INLINE void fused(const Int4Task& t, int64_t row, int64_t b) {
-  constexpr int V = B * kBlockVectors, kSteps = kInt4Word / P::kInputs;
+  constexpr int V = B * kBlockVectors, kSteps = P::kWord / P::kInputs;
   constexpr int kChains = R * V < 8 ? 2 : 1;  // sums that wait for each other
   using X = typename P::X;
-  const int64_t n = b * kInt4Block, block_words = t.k_padded * (kInt4Block / kInt4Word);
+  const int64_t n = b * kInt4Block, block_words = t.k_padded * (kInt4Block / P::kWord);
   const int count = int(min64(B * kInt4Block, t.s.n - n));
   const uint32_t* block = t.packed + b * block_words;
   vf total[R][V] = {};
@@ -212,9 +263,9 @@ INLINE void fused(const Int4Task& t, int64_t row, int64_t b) {
     const int64_t size = min64(t.chunk, t.k_padded - at);
     const X* x = reinterpret_cast<const X*>(t.x) + at * t.rows + row * size;
     vf sum[kChains][R][V] = {};
-    for (int64_t k = 0; k < size; k += kInt4Word) {
+    for (int64_t k = 0; k < size; k += P::kWord) {
       vu w[V];
-      load_words(block, block_words, (at + k) / kInt4Word, w);
+      load_words(block, block_words, (at + k) / P::kWord, w);
 #pragma GCC unroll 8
       for (int step = 0; step < kSteps; ++step) {
         typename P::Input in[R];
@@ -276,9 +327,9 @@ INLINE void multiply(const typename P::Operand* panel, const typename P::X* x, i
 
 template <class P, int B>
 void panels(const Int4Task& t, int64_t b) {
-  constexpr int V = B * kBlockVectors, kSteps = kInt4Word / P::kInputs;
+  constexpr int V = B * kBlockVectors, kSteps = P::kWord / P::kInputs;
   using X = typename P::X;
-  const int64_t n = b * kInt4Block, block_words = t.k_padded * (kInt4Block / kInt4Word);
+  const int64_t n = b * kInt4Block, block_words = t.k_padded * (kInt4Block / P::kWord);
   const int count = int(min64(B * kInt4Block, t.s.n - n));
   const uint32_t* block = t.packed + b * block_words;
   typename P::Operand panel[kInt4Chunk / P::kInputs * V];
@@ -286,9 +337,9 @@ void panels(const Int4Task& t, int64_t b) {
   if (t.k_padded == 0) memset(total, 0, size_t(t.rows) * V * W * sizeof(float));
   for (int64_t c = 0, at = 0; at < t.k_padded; ++c, at += t.chunk) {
     const int64_t size = min64(t.chunk, t.k_padded - at);
-    for (int64_t k = 0; k < size; k += kInt4Word) {
+    for (int64_t k = 0; k < size; k += P::kWord) {
       vu w[V];
-      load_words(block, block_words, (at + k) / kInt4Word, w);
+      load_words(block, block_words, (at + k) / P::kWord, w);
 #pragma GCC unroll 8
       for (int step = 0; step < kSteps; ++step)
 #pragma GCC unroll 8
@@ -350,9 +401,10 @@ void run(const Int4Task& t, int64_t begin, int64_t end) {
 
 extern const Int4Kernels PAGEDKV_INT4_TABLE;
 const Int4Kernels PAGEDKV_INT4_TABLE = {
-    {sizeof(Floats<float>::X), sizeof(Floats<F16>::X), sizeof(BF16Policy::X)},
-    {pack<Floats<float>>, pack<Floats<F16>>, pack<BF16Policy>},
-    {run<Floats<float>>, run<Floats<F16>>, run<BF16Policy>},
+    {sizeof(float), sizeof(float), sizeof(BF16Policy<Nibbles>::X)},
+    {pack<Floats<float, Nibbles>>, pack<Floats<F16, Nibbles>>, pack<BF16Policy<Nibbles>>},
+    {{run<Floats<float, Nibbles>>, run<Floats<F16, Nibbles>>, run<BF16Policy<Nibbles>>},
+     {run<Floats<float, Bytes>>, run<Floats<F16, Bytes>>, run<BF16Policy<Bytes>>}},
 };
 
 }  // namespace pagedkv

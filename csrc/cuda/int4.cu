@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads)
 struct Dequantize {
   const uint32_t* packed;
   const void *scales, *offsets;
-  const uint8_t* zeros;
+  const uint8_t *zeros, *sub_scales, *sub_mins;
   const int32_t* perm;  // [k] or null
   ScalarType scale_type;
   int64_t n, k, k_padded, group, in_features;  // n: outputs of `scales`
@@ -52,20 +52,21 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   const uint4 words = __ldcs(reinterpret_cast<const uint4*>(
       p.packed + (block * (p.k_padded / kInt4Word) + k / kInt4Word) * kInt4Block + lane / 4 * 4));
   const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-  const int64_t factors = divide(k, p.group).q * p.n + n;  // groups are whole words, but for one of all inputs
+  const int64_t group = divide(k, p.group).q,
+                factors = group * p.n + n;  // groups are whole words, but for a single one
   const int inputs = int(min(int64_t(kInt4Word), p.k - k));
 #pragma unroll
   for (int b = 0; b < 4; ++b) {
     if (n + b < p.first_n || n + b >= p.end_n) continue;
-    const float scale = load_scale(p.scales, p.scale_type, factors + b);
+    const ScaleOffset of = p.offsets ? load_scale_offset(p, group, n + b)
+                                     : ScaleOffset{load_scale(p.scales, p.scale_type, factors + b), 0};
     const int zero = p.zeros ? p.zeros[factors + b] : 8;
     Vec<T, kInt4Word> out;
 #pragma unroll
     for (int e = 0; e < kInt4Word; ++e) {
       const int q = int((word[b] >> int4_shift(e)) & 15u) ^ 8;
       out.v[e] =
-          from_float<T>(p.offsets ? float(double(scale) * q + double(load_scale(p.offsets, p.scale_type, factors + b)))
-                                  : __fmul_rn(scale, float(q - zero)));
+          from_float<T>(p.offsets ? float(double(of.scale) * q + of.offset) : __fmul_rn(of.scale, float(q - zero)));
     }
     T* const row = static_cast<T*>(p.w) + (n + b - p.first_n) * p.in_features;
     if (!p.perm && p.in_features % kInt4Word == 0) {
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(32 * kWarps) float_kernel(const __grid_constan
     for (int64_t j = warp; j < words; j += kWarps) {
       const uint32_t word = p.packed[(blockIdx.x * words + j) * kInt4Block + lane];
       const int64_t at = min(j * kInt4Word / p.group, (p.k - 1) / p.group) * p.n + n;
-      const float scale = load_scale(p.scales, p.scale_type, at);
+      const ScaleOffset with = p.offsets ? load_scale_offset(p, at / p.n, n) : ScaleOffset{};
+      const float scale = p.offsets ? with.scale : load_scale(p.scales, p.scale_type, at);
       const float zero = p.zeros ? float(p.zeros[at]) : 8.f;
       float sum[kRows] = {}, x_sum[kRows] = {};
 #pragma unroll
@@ -141,7 +143,7 @@ __global__ void __launch_bounds__(32 * kWarps) float_kernel(const __grid_constan
           x_sum[r] += in;
         }
       }
-      const float shift = p.offsets ? fmaf(8.f, scale, load_scale(p.offsets, p.scale_type, at)) : 0.f;
+      const float shift = p.offsets ? fmaf(8.f, scale, with.offset) : 0.f;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         total[r] = fmaf(scale, sum[r], total[r]);
@@ -203,8 +205,10 @@ namespace {
 void expand(const Int4Params& p, const Tensor& input, Tensor& y, cudaStream_t stream) {
   constexpr int64_t kScratch = int64_t(1) << 27;  // bytes
   const int64_t k = p.x_stride == p.k_padded && input.size(input.dim() - 1) == p.k_padded ? p.k_padded : p.k;
-  Dequantize d{p.packed,   p.scales, p.offsets, p.zeros, nullptr, p.scale_type, p.n, k,
-               p.k_padded, p.group,  k,         0,       0,       nullptr};
+  Dequantize d{};
+  d.packed = p.packed, d.scales = p.scales, d.offsets = p.offsets, d.zeros = p.zeros;
+  d.sub_scales = p.sub_scales, d.sub_mins = p.sub_mins, d.scale_type = p.scale_type;
+  d.n = p.n, d.k = d.in_features = k, d.k_padded = p.k_padded, d.group = p.group;
   const int64_t step = std::max<int64_t>(1, kScratch / (k * 2 * kInt4Block)) * kInt4Block;
   const Tensor rows = torch::stable::reshape(input, {p.m, k});
   Tensor w = torch::stable::new_empty(input, {std::min(step, p.n), k});
@@ -229,41 +233,33 @@ void expand(const Int4Params& p, const Tensor& input, Tensor& y, cudaStream_t st
 Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros, OptTensor offsets, OptTensor perm,
                         OptTensor bias, OptTensor residual, int64_t group_size, int64_t in_features,
                         std::string activation) {
-  static constexpr const char* kNames[] = {"none", "silu", "gelu", "gelu_tanh"};
-  static constexpr Act kActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
   Int4Params p{};
-  p.act = kActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size, in_features,
-                                  activation, kNames)];
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t last = x.dim() - 1, k0 = x.size(last);
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-  sizes.back() = scales.size(1);
-  Tensor y = torch::stable::new_empty(x, sizes);
-  p.m = 1;
-  for (int64_t i = 0; i < last; ++i) p.m *= x.size(i);
-  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : k0;
-  p.k_padded = packed.size(1) * kInt4Word, p.group = group_size;
-  if (p.m == 0 || p.n == 0) return y;
-
-  // Rows one stride apart; other views are copied.
-  bool even = k0 <= 1 || x.stride(last) == 1;
-  int64_t stride = k0, reach = 0;  // of a row; of the dimensions seen so far
-  for (int64_t i = last - 1; i >= 0; --i) {
-    if (x.size(i) == 1) continue;
-    if (reach == 0)
-      stride = x.stride(i);
-    else
-      even = even && x.stride(i) == reach;
-    reach = x.stride(i) * x.size(i);
-  }
-  Tensor input = even ? x : torch::stable::contiguous(x);
-  p.x_stride = even ? stride : k0;
-  OptTensor added = residual;
-  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
+  p.act = kPackedActs[check_int4_linear(x, packed, scales, zeros, offsets, perm, bias, residual, group_size,
+                                        in_features, activation, kPackedActivations)];
   p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
   p.zeros = zeros.has_value() ? zeros->const_data_ptr<uint8_t>() : nullptr;
   p.offsets = offsets.has_value() ? offsets->const_data_ptr() : nullptr;
+  p.n = scales.size(1), p.k = perm.has_value() ? perm->size(0) : in_features;
+  p.group = group_size;
+  return int4_product("int4_linear", x, p, perm, bias, residual);
+}
+
+Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTensor& perm, const OptTensor& bias,
+                    const OptTensor& residual) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const EvenRows rows(x);
+  const int64_t k0 = x.size(x.dim() - 1);
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = p.n;
+  Tensor y = torch::stable::new_empty(x, sizes);
+  p.m = rows.count, p.x_stride = rows.stride;
+  p.k_padded = int64_t(ceil_div(p.k, kInt4Block)) * kInt4Block;
+  if (p.m == 0 || p.n == 0) return y;
+
+  Tensor input = rows.tensor;
+  OptTensor added = residual;
+  if (added.has_value() && !added->is_contiguous()) added = torch::stable::contiguous(*added);
   p.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   p.residual = added.has_value() ? added->const_data_ptr() : nullptr;
   p.x = input.const_data_ptr(), p.y = y.mutable_data_ptr();
@@ -272,7 +268,7 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
   if (perm.has_value() || (narrow && !int4_reads(p.x, p.x_stride, p.k))) {
     Tensor gathered = torch::stable::new_empty(x, {p.m, p.k_padded});
     if (p.k_padded > 0)
-      dispatch_cuda(x.scalar_type(), "int4_linear", [&](auto tag) {
+      dispatch_cuda(x.scalar_type(), op, [&](auto tag) {
         using T = decltype(tag);
         gather_kernel<T><<<ceil_div(p.m * p.k_padded, kThreads), kThreads, 0, stream>>>(
             static_cast<const T*>(p.x), p.x_stride, k0, perm.has_value() ? perm->const_data_ptr<int32_t>() : nullptr,
@@ -296,7 +292,7 @@ Tensor int4_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor zeros,
                                          : launch_int4_mma<__nv_bfloat16>)(p, x.get_device_index(), stream);
   } else {
     const int64_t blocks = (p.m + kRows - 1) / kRows;
-    if (blocks > 65535) fail("int4_linear: x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);
+    if (blocks > 65535) fail(op, ": x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);
     float_kernel<<<dim3(ceil_div(p.n, kInt4Block), unsigned(blocks)), 32 * kWarps, 0, stream>>>(p);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

@@ -1,4 +1,4 @@
-// What the files of the 4-bit linear layer share: its parameters and the launches.
+// What the files of the layers over packed weights (int4, q4k, int8) share: parameters, launches, rows of x.
 #pragma once
 
 #include "activation.cuh"
@@ -11,6 +11,9 @@ struct Int4Params {
   const void* scales;      // [groups, n] of scale_type
   const uint8_t* zeros;    // [groups, n] or null: 8
   const void* offsets;     // [groups, n] of scale_type or null
+  // Of Q4_K, else null: 6-bit scales and minima [groups, n]. scales and offsets are then d and dmin, half [groups / 8,
+  // n]: w = scale * sub_scale * q - offset * sub_min.
+  const uint8_t *sub_scales, *sub_mins;
   ScalarType scale_type;
   const void* x;  // [m, k], rows x_stride elements apart
   int64_t x_stride;
@@ -40,6 +43,51 @@ __device__ __forceinline__ float load_scale(const void* p, ScalarType type, int6
       return static_cast<const float*>(p)[i];
   }
 }
+
+// The scale and the offset of output n in a group, of weights with offsets. Q4_K's products are exact.
+struct ScaleOffset {
+  float scale, offset;
+};
+template <class Params>  // Int4Params, or what has those fields of it
+__device__ __forceinline__ ScaleOffset load_scale_offset(const Params& p, int64_t group, int64_t n) {
+  const int64_t at = group * p.n + n;
+  if (!p.sub_scales) return {load_scale(p.scales, p.scale_type, at), load_scale(p.offsets, p.scale_type, at)};
+  const int64_t super = group / kQ4KGroups * p.n + n;
+  return {to_float(static_cast<const __half*>(p.scales)[super]) * float(p.sub_scales[at]),
+          -(to_float(static_cast<const __half*>(p.offsets)[super]) * float(p.sub_mins[at]))};
+}
+
+constexpr const char* kPackedActivations[] = {"none", "silu", "gelu", "gelu_tanh"};
+constexpr Act kPackedActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
+
+// Rows of x one stride apart; other views are copied.
+struct EvenRows {
+  Tensor tensor;
+  int64_t count = 1, stride;
+  explicit EvenRows(const Tensor& x) : tensor(x), stride(x.size(x.dim() - 1)) {
+    const int64_t last = x.dim() - 1, k = x.size(last);
+    bool even = k <= 1 || x.stride(last) == 1;
+    int64_t step = k, reach = 0;  // of a row; of the dimensions seen so far
+    for (int64_t i = last - 1; i >= 0; --i) {
+      count *= x.size(i);
+      if (x.size(i) == 1) continue;
+      if (reach == 0)
+        step = x.stride(i);
+      else
+        even = even && x.stride(i) == reach;
+      reach = x.stride(i) * x.size(i);
+    }
+    if (even)
+      stride = step;
+    else
+      tensor = torch::stable::contiguous(x);
+  }
+};
+
+// activation(x W^T + bias) + residual, for checked arguments; `p` has what belongs to the weight, and the activation.
+// Defined in int4.cu.
+Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTensor& perm, const OptTensor& bias,
+                    const OptTensor& residual);
 
 // From so many rows on, weights in 16 bits and cuBLAS.
 constexpr int kInt4Expand = 128;

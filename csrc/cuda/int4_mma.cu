@@ -33,13 +33,14 @@ constexpr int kSlice = 32;
 // Warps of a CTA and of an SM: 128 registers a thread, for 32 rows 255.
 constexpr int most_warps(int tiles) { return tiles > 2 ? 8 : 16; }
 
-// How the factors of a lane's four outputs are read: 16 or 32 bits each in one load, or any way they may lie.
-enum class Read { kNarrow, kWide, kEach };
+// How the factors of a lane's four outputs are read: 16 or 32 bits each in one load, those of Q4_K, or any way they may
+// lie.
+enum class Read { kNarrow, kWide, kQ4K, kEach };
 
 // Scales and zeros (or offsets) of a lane's four outputs in a group: bits as in memory, or of floats (kEach).
 template <Read kRead, bool kOffsets>
 struct Raw {
-  static constexpr int kWords = kRead == Read::kNarrow ? 2 : 4;
+  static constexpr int kWords = kRead == Read::kNarrow ? 2 : kRead == Read::kQ4K ? 3 : 4;  // kQ4K: the 6-bit ones first
   uint32_t scale[kWords];
   uint32_t other[kOffsets ? kWords : 1];
 };
@@ -58,9 +59,17 @@ __device__ __forceinline__ void load_factors(uint32_t (&to)[kWords], const void*
     for (int b = 0; b < 4; ++b) to[b] = b < count ? __float_as_uint(load_scale(from, type, at + b)) : 0u;
   }
 }
+// 6-bit numbers at `at`, their halves at `super`
+__device__ __forceinline__ void load_factors(uint32_t (&to)[3], const uint8_t* sub, const void* from, int64_t at,
+                                             int64_t super) {
+  const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + super));
+  to[0] = __ldg(reinterpret_cast<const uint32_t*>(sub + at)), to[1] = v.x, to[2] = v.y;
+}
 
 template <Read kRead>
 __device__ __forceinline__ float factor(const uint32_t* words, int b, ScalarType type) {
+  if constexpr (kRead == Read::kQ4K)
+    return float(words[0] >> 8 * b & 63) * __half2float(__ushort_as_half(uint16_t(words[1 + b / 2] >> 16 * (b % 2))));
   if constexpr (kRead != Read::kNarrow) return __uint_as_float(words[b]);
   const uint32_t bits = words[b / 2] >> 16 * (b % 2);
   if (type == ScalarType::BFloat16) return __uint_as_float(bits << 16);
@@ -71,7 +80,7 @@ __device__ __forceinline__ float factor(const uint32_t* words, int b, ScalarType
 template <class T, int kTiles, Read kRead, int kStep, bool kOffsets>
 __global__ void __launch_bounds__(32 * most_warps(kTiles))
     int4_kernel(const __grid_constant__ Int4Params p, int warps_k) {
-  constexpr bool kManyFactors = kRead == Read::kEach || (kRead == Read::kWide && kOffsets);
+  constexpr bool kManyFactors = kRead == Read::kEach || (kRead != Read::kNarrow && kOffsets);
   constexpr int kRing = (kTiles == 2 && kStep < 4) || kManyFactors ? 4 : 8, kSteps = kRing / kStep;  // slices, steps
   constexpr int kSums = 2 * kTiles * 4;
   constexpr int kSliceWords = kSlice / kInt4Word * kInt4Block / 4;  // in 16 bytes
@@ -90,8 +99,7 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
   // ---- the ring: step s is in entry (s - begin) % kSteps
   const uint4* words =
       reinterpret_cast<const uint4*>(p.packed) + (block * slices + int64_t(begin) * kStep) * kSliceWords + t * 8 + g;
-  int64_t factors_at = int64_t(begin / of_group) * p.n + n;
-  int in_group = begin % of_group;
+  int group = begin / of_group, in_group = begin % of_group;
   uint4 ring[kRing];
   Raw<kRead, kOffsets> raw[kSteps];
   auto fetch_words = [&](int i, bool more) {
@@ -99,21 +107,34 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
   };
   auto fetch_factors = [&](int i, bool more) {  // after the step's words: moves on to the next step
     if (!more) return;
-    if (count > 0) {
-      load_factors<kRead>(raw[i].scale, p.scales, p.scale_type, factors_at, count);
+    const int64_t at = int64_t(group) * p.n + n;
+    if (count == 0) {
+    } else if constexpr (kRead == Read::kQ4K) {
+      const int64_t super = int64_t(group / kQ4KGroups) * p.n + n;
+      load_factors(raw[i].scale, p.sub_scales, p.scales, at, super);
+      load_factors(raw[i].other, p.sub_mins, p.offsets, at, super);
+    } else if (kRead == Read::kEach && kOffsets && p.sub_scales) {
+#pragma unroll
+      for (int b = 0; b < 4; ++b) {
+        const ScaleOffset of = b < count ? load_scale_offset(p, group, n + b) : ScaleOffset{};
+        raw[i].scale[b % Raw<kRead, kOffsets>::kWords] = __float_as_uint(of.scale);
+        raw[i].other[kOffsets ? b % Raw<kRead, kOffsets>::kWords : 0] = __float_as_uint(of.offset);
+      }
+    } else {
+      load_factors<kRead>(raw[i].scale, p.scales, p.scale_type, at, count);
       if constexpr (kOffsets) {
-        load_factors<kRead>(raw[i].other, p.offsets, p.scale_type, factors_at, count);
+        load_factors<kRead>(raw[i].other, p.offsets, p.scale_type, at, count);
       } else if constexpr (kRead != Read::kEach) {
-        if (p.zeros) raw[i].other[0] = __ldg(reinterpret_cast<const uint32_t*>(p.zeros + factors_at));
+        if (p.zeros) raw[i].other[0] = __ldg(reinterpret_cast<const uint32_t*>(p.zeros + at));
       } else if (p.zeros) {
         raw[i].other[0] = 0;
 #pragma unroll
         for (int b = 0; b < 4; ++b)
-          if (b < count) raw[i].other[0] |= uint32_t(__ldg(p.zeros + factors_at + b)) << 8 * b;
+          if (b < count) raw[i].other[0] |= uint32_t(__ldg(p.zeros + at + b)) << 8 * b;
       }
     }
     words += kStep * kSliceWords;
-    if (++in_group == of_group) in_group = 0, factors_at += p.n;
+    if (++in_group == of_group) in_group = 0, ++group;
   };
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
@@ -149,7 +170,8 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
       for (int b = 0; b < 4; ++b) {
         scale[b] = factor<kRead>(raw[i].scale, b, p.scale_type);
         if constexpr (kOffsets)
-          offset[b] = factor<kRead>(raw[i].other, b, p.scale_type);
+          offset[b] = kRead == Read::kQ4K ? -factor<kRead>(raw[i].other, b, p.scale_type)
+                                          : factor<kRead>(raw[i].other, b, p.scale_type);
         else
           zero[b] = int4_zero_pair<T>(raw[i].other[0], b);
       }
@@ -233,19 +255,25 @@ void launch(const Int4Params& p, int device, cudaStream_t stream) {
 
 template <class T, int kTiles, Read kRead, int kStep>
 void launch(const Int4Params& p, int device, cudaStream_t stream) {
-  (p.offsets ? launch<T, kTiles, kRead, kStep, true> : launch<T, kTiles, kRead, kStep, false>)(p, device, stream);
+  if constexpr (kRead == Read::kQ4K)
+    launch<T, kTiles, kRead, kStep, true>(p, device, stream);
+  else
+    (p.offsets ? launch<T, kTiles, kRead, kStep, true> : launch<T, kTiles, kRead, kStep, false>)(p, device, stream);
 }
 
 template <class T, int kTiles>
 void launch(const Int4Params& p, int device, cudaStream_t stream) {
   const auto aligned = [](const void* q, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(q) % bytes == 0; };
   const uintptr_t four = p.scale_type == ScalarType::Float ? 16 : 8;  // bytes of a lane's scales
-  const bool at_once = p.n % 4 == 0 && aligned(p.scales, four) && aligned(p.offsets, four) && aligned(p.zeros, 4);
+  const bool at_once = p.n % 4 == 0 && aligned(p.scales, four) && aligned(p.offsets, four) && aligned(p.zeros, 4) &&
+                       aligned(p.sub_scales, 4) && aligned(p.sub_mins, 4);
   const auto divides = [&](int step) {
     return p.k_padded % (step * kSlice) == 0 && (p.group >= p.k || p.group % (step * kSlice) == 0);
   };
   if (!at_once)
     launch<T, kTiles, Read::kEach, 1>(p, device, stream);
+  else if (p.sub_scales)
+    launch<T, kTiles, Read::kQ4K, 1>(p, device, stream);
   else if (p.scale_type == ScalarType::Float)
     launch<T, kTiles, Read::kWide, 1>(p, device, stream);
   else if (divides(4))

@@ -175,6 +175,7 @@ inline Rows as_rows(const Tensor& x) {
       ok = false;
     }
   }
+  if (!ok && x.numel() == 0) return {x, {0, 1, 0, 0}, false};  // contiguous() leaves its strides as they are
   if (!ok) return as_rows(torch::stable::contiguous(x));
   bool aligned = is_aligned(x.const_data_ptr());
   for (int64_t s : stride) aligned = aligned && s * int64_t(x.element_size()) % kVectorBytes == 0;

@@ -192,6 +192,20 @@ def samples(device: str) -> Iterator[Sample]:
         w = new.int4(160, 1288, 64, kind, torch.float16, ordered=rows != 17)
         x, bias, residual = (new.normal(*s, dtype=dtype) for s in ((rows, 1288), (160,), (rows, 160)))
         yield "int4_linear", (x, w.packed, *w.numbers, w.perm, bias, residual, w.group_size, 1288, "silu"), {}
+    for rows, dtype in itertools.product((1, 7, 16, 17, 70), FLOATS):
+        bias, residual = (new.normal(*s, dtype=dtype) for s in ((150,), (rows, 150)))
+        x = new.normal(rows, 1544, dtype=dtype)
+        yield "q4k_linear", (x[:, 8:], *new.q4k(150, 6), bias, residual, "silu"), {}
+        yield "int8_linear", (x[:, 1:], *new.int8(150, 1543, 32, torch.float16), bias, residual, 32, 1543, "gelu"), {}
+        yield "int8_linear", (x, *new.int8(150, 1544, 1600, torch.float32), None, None, 1600, 1544), {}
+    for n, dtype, stored in itertools.product((24, 4099, 9024), FLOATS, QUANTIZED):
+        x, factor = new.normal(5, n + 1, dtype=dtype), new.normal(n).abs()
+        yield "quantize_per_token", (x[:, 1:], factor, 0, stored), {}
+        rotation = {24: 8, 4099: 0, 9024: 64}[n]
+        yield "quantize_per_token", (new.normal(2, 3, n, dtype=dtype), None, rotation, stored), {}
+        sums = new.normal(3, n, scale=1e4)
+        args = (new.normal(3).abs(), factor, new.normal(n, dtype=dtype), dtype)
+        yield "dequantize_sums", (sums if stored == torch.int8 else sums.int(), *args), {}
     if device == "cuda":  # the host tier
         mapping = torch.tensor([[0, 4], [2, 1]])
         yield "swap_blocks", (torch.randn(3, 8, 4).pin_memory(), new.normal(5, 8, 4), mapping), {}

@@ -91,6 +91,23 @@ class Inputs:
         parts = [None if t is None else t.to(self.device) for t in (q, scales, zeros, offsets, perm)]
         return Int4(*parts, group_size)  # type: ignore[arg-type]
 
+    def q4k_blocks(self, n: int, supers: int) -> Tensor:
+        """Random super-blocks of GGUF's Q4_K, uint8 [n, 144 supers]: n outputs, 256 supers inputs."""
+        blocks = torch.randint(0, 256, (n, supers, 144), generator=self.generator, dtype=torch.uint8)
+        numbers = torch.rand(n, supers, 2, generator=self.generator) * 0.01 + 0.001
+        blocks[..., :4] = numbers.half().view(torch.uint8).view(n, supers, 4)
+        return blocks.flatten(1).to(self.device)
+
+    def q4k(self, n: int, supers: int) -> tuple[Tensor, ...]:
+        """packed, scales, mins, d, dmin of a random Q4_K weight."""
+        return REFERENCES["q4k_repack"](self.q4k_blocks(n, supers))
+
+    def int8(self, n: int, k: int, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """packed, scales of a random 8-bit weight."""
+        q = torch.randint(-128, 128, (n, k), generator=self.generator, dtype=torch.int8)
+        scales = torch.rand(-(-k // group_size), n, generator=self.generator) * 0.002 + 0.0005
+        return REFERENCES["int8_repack"](q).to(self.device), scales.to(self.device, dtype)
+
     def rotation(self, tokens: int, half: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """cos and sin of random angles."""
         angle = self.normal(tokens, half, scale=3).cpu()
@@ -143,6 +160,23 @@ def samples(device: str) -> Iterator[Sample]:
             x = new.normal(*rows, 130, dtype=dtype)
             more = (new.normal(45, dtype=dtype), new.normal(*rows, 45, dtype=dtype)) if i else (None, None)
             yield "int4_linear", (x, w.packed, *w.numbers, w.perm, *more, w.group_size, 130), options
+        for i, rows in enumerate(((1,), (2, 3), (20,))):
+            more = (new.normal(45, dtype=dtype), new.normal(*rows, 45, dtype=dtype)) if i else (None, None)
+            options = {"activation": ("none", "silu", "gelu_tanh")[i]}
+            q4k = new.q4k(45, 2)
+            yield "q4k_dequantize", (*q4k, dtype), {}
+            yield "q4k_linear", (new.normal(*rows, 512, dtype=dtype), *q4k, *more), options
+            group, scales = (32, 64, 130)[i], (torch.float16, dtype, torch.float32)[i]
+            int8 = new.int8(45, 130, group, scales)
+            yield "int8_dequantize", (*int8, group, 130, dtype), {}
+            yield "int8_linear", (new.normal(*rows, 130, dtype=dtype), *int8, *more, group, 130), options
+        for i, stored in enumerate(QUANTIZED):
+            x = new.normal(3, 2, 44 + 8 * i, dtype=dtype)[..., 4 * i :]
+            yield "quantize_per_token", (x, new.normal(x.shape[-1]).abs() if i else None, 16 * i, stored), {}
+            sums = new.normal(3, 2, 41 - i, scale=1000)
+            scales = new.normal(3, 2).abs(), new.normal(41 - i).abs()
+            bias = new.normal(41 - i, dtype=dtype) if i else None
+            yield "dequantize_sums", (sums if i else sums.int(), *scales, bias, dtype), {}
         yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
         seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
         parameters = {
@@ -154,6 +188,9 @@ def samples(device: str) -> Iterator[Sample]:
         yield "sample", (new.normal(3, 70, dtype=dtype), seeds, offsets), parameters
     for n, k in ((5, 70), (64, 32)):
         yield "int4_repack", (new.permutation(16 * n * k, n * k).remainder(16).to(torch.uint8).view(n, k),), {}
+        yield "int8_repack", (new.normal(n, k, scale=40).to(torch.int8),), {}
+    for n, supers in ((5, 1), (33, 3)):
+        yield "q4k_repack", (new.q4k_blocks(n, supers),), {}
     yield "rms_norm", (new.normal(3, 17), None, 1e-6), {}
     yield "layer_norm", (new.normal(3, 17), None, None, 1e-5), {}
     yield "rotary_embedding", (new.normal(3, 4, 16), None, *new.rotation(3, 5), True), {}

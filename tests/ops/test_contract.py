@@ -138,9 +138,9 @@ for name, args, kwargs in samples("cpu"):
 torch.save((libraries["cpu"].target, results), sys.argv[1])
 """
 ARITHMETIC_FREE = {"reshape_and_cache", "copy_blocks", "swap_blocks", "gather_cache", "argmax", "sample"} | {
-    "int4_repack",
-    "int4_dequantize",
+    f"{family}_{op}" for family in ("int4", "q4k", "int8") for op in ("repack", "dequantize")
 }
+PRODUCTS = ("linear", "int4_linear", "q4k_linear", "int8_linear")
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
@@ -163,5 +163,5 @@ def test_every_instruction_set_agrees(isa: str, tmp_path: Path) -> None:
             else:
                 step = torch.finfo(a.dtype).eps
                 # a dot product is summed in another order: where it cancels, a rounding of its terms is left
-                largest = float(a.float().abs().amax()) if name in ("linear", "int4_linear") and a.numel() else 1.0
+                largest = float(a.float().abs().amax()) if name in PRODUCTS and a.numel() else 1.0
                 torch.testing.assert_close(a, b, rtol=8 * step, atol=8 * step * max(1.0, largest), equal_nan=True)

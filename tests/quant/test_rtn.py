@@ -98,7 +98,7 @@ def test_original_is_freed_and_the_message_says_so(caplog: pytest.LogCaptureFixt
     tokens = tiny.generate(model, inputs)
     with caplog.at_level(logging.WARNING):
         torch_pagedkv.unpatch(model)
-    assert "stay 4-bit" in caplog.text and "keep_original=True" in caplog.text
+    assert "stay quantised" in caplog.text and "keep_original=True" in caplog.text
     assert torch.equal(tiny.generate(model, inputs), tokens)
     torch.testing.assert_close(_logits(model), got, rtol=1e-4, atol=1e-4)
     torch_pagedkv.patch(model, weights="int4")

@@ -1,0 +1,245 @@
+"""Linear layers whose product is of 8-bit numbers on both sides: W8A8 in int8, and float8.
+
+A weight has a scale for each output, a row of activations one of its own (`ops.quantize_per_token`), so sums of
+products are scaled behind the product (`ops.dequantize_sums`), which is torch's own.
+
+SmoothQuant: inputs that are larger than the others take the steps of their row. With calibration data, input j is
+divided by s_j = max|x_j|^a / max|w_j|^(1 - a), and its column of the weight multiplied, which changes nothing but what
+rounding loses. Each layer takes that a of ALPHAS with which it loses the least on some rows of its own inputs. Without
+data s is 1.
+
+In int8, where a row's largest number sets its steps, blocks of inputs (with random signs) are rotated by Hadamard's
+matrix as well, and the weight's rows likewise, which needs no data. SmolLM2-135M's perplexity grows by 3.2 % without
+either. The steps of float8 are relative, and nothing is to be won there.
+
+Source: Xiao et al., SmoothQuant, arXiv:2211.10438; Ashkboos et al., QuaRot, arXiv:2404.00456.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .packed import PackedLinear, PackedWeight
+
+#: SmoothQuant's a, how much of an input's range the weight takes over: those that are tried
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+#: inputs and outputs have to be multiples of this, for the products of a GPU
+MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}
+
+
+class EightLinear(PackedLinear):
+    """y = x W^T + bias with x and W rounded to 8 bits. The base of the two below.
+
+    Attributes:
+        q: int8 or float8_e4m3fn [N, K]. scales: float32 [N].
+        factor: float32 [K], multiplies x before it is rounded; or None.
+        one: float32, 1: a scale for products that want one.
+        rounds: False leaves activations as they are (`unrounded`).
+    """
+
+    parts = ("q", "scales", "factor", "one")
+    dtype: ClassVar[torch.dtype]
+    rounds: bool = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in the input's dtype (under autocast: in autocast's)."""
+        if self.rounds:
+            return super().forward(input)
+        weight, bias = self.dequantize(input.dtype), self.bias
+        return torch.nn.functional.linear(input, weight, None if bias is None else bias.to(input.dtype))
+
+    @staticmethod
+    def multiply(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
+        """[M, K] times [N, K]: sums [M, N] in int32 or float32."""
+        raise NotImplementedError
+
+    @classmethod
+    def product(cls, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, group: int, inputs: int) -> Tensor:
+        q, scales, factor, one = parts
+        rotation = cls.rotation(inputs)
+        rounded, row_scale = ops.quantize_per_token(x, factor, rotation=rotation, dtype=q.dtype)
+        sums = cls.multiply(rounded.reshape(-1, inputs), q, one).view(*x.shape[:-1], q.shape[0])
+        return ops.dequantize_sums(sums, row_scale, scales, bias, dtype=x.dtype)
+
+    @classmethod
+    def numbers(cls, parts: tuple[Tensor, ...], group: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        q, scales, factor, _ = parts
+        w = ops.quantize.rotated(q.float() * scales[:, None], cls.rotation(inputs))
+        return (w if factor is None else w * factor).to(dtype)
+
+    @classmethod
+    def rotation(cls, inputs: int) -> int:
+        """Inputs of a block that are rotated together; 0: none are."""
+        return 0
+
+    @classmethod
+    def pack(cls, weight: Tensor, factor: Tensor | None = None) -> PackedWeight:
+        """From a float weight [N, K] and what its inputs are multiplied by, [K]."""
+        wide, inputs = weight.detach().float(), weight.shape[1]
+        rotation = cls.rotation(inputs)
+        if rotation:
+            generator = torch.Generator().manual_seed(inputs)
+            signs = torch.randint(0, 2, (inputs,), generator=generator).to(wide) * 2 - 1
+            factor = signs if factor is None else factor * signs
+        if factor is not None:
+            wide = wide / factor
+        q, scales = ops.quantize_per_token(wide, rotation=rotation, dtype=cls.dtype)
+        parts: tuple[Any, ...] = (q, scales, factor, torch.ones((), device=weight.device))
+        return PackedWeight(cls, parts, inputs, inputs, weight.shape[0])
+
+
+class W8A8Linear(EightLinear):
+    """int8 activations times int8 weights, by `torch._int_mm`."""
+
+    op = "int8_mm"
+    bits = "8-bit"
+    dtype = torch.int8
+    #: False on a CPU whose `_int_mm` is slow or missing: whole numbers are multiplied in float32 there, exactly as long
+    #: as sums are below 2^24
+    whole: ClassVar[bool] = True
+
+    @classmethod
+    def rotation(cls, inputs: int) -> int:
+        """The largest of 64, 32, 16 and 8 that divides the inputs."""
+        return next((block for block in (64, 32, 16, 8) if inputs % block == 0), 0)
+
+    @staticmethod
+    def multiply(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return torch._int_mm(x, w.t()) if W8A8Linear.whole else x.float() @ w.float().t()
+        rows = x.shape[0]
+        if rows > _LEAST_ROWS:
+            return torch._int_mm(x, w.t())
+        return torch._int_mm(torch.nn.functional.pad(x, (0, 0, 0, _LEAST_ROWS + 1 - rows)), w.t())[:rows]
+
+
+#: cuBLAS wants more rows than this
+_LEAST_ROWS = 16
+
+
+class Fp8Linear(EightLinear):
+    """float8_e4m3fn activations times float8_e4m3fn weights, by `torch._scaled_mm`."""
+
+    op = "fp8_mm"
+    bits = "float8"
+    dtype = torch.float8_e4m3fn
+
+    @staticmethod
+    def multiply(x: Tensor, w: Tensor, one: Tensor) -> Tensor:
+        return torch._scaled_mm(x, w.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
+    """Activations are not rounded for a while. Rounding makes steps of differences in the last place: two ways to
+    compute the same can be compared without it only."""
+    layers = [module for module in model.modules() if isinstance(module, EightLinear)]
+    for layer in layers:
+        layer.rounds = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("rounds", None)
+
+
+#: weights= of `patch` -> the layer
+LAYERS: dict[str, type[EightLinear]] = {"int8": W8A8Linear, "fp8": Fp8Linear}
+
+
+def smoothing(weight: Tensor, largest: Tensor, alpha: float) -> Tensor:
+    """What a layer's inputs are to be multiplied by (1 / s).
+
+    Args:
+        weight: [N, K]. largest: [K], the largest magnitude that each input was seen with.
+
+    Returns:
+        float32 [K]; 1 for inputs that were never seen but at 0, or have a column of zeros.
+    """
+    x, w = largest.float(), weight.detach().abs().amax(0).float()
+    s = x**alpha / w ** (1 - alpha)
+    return torch.where((x > 0) & (w > 0) & s.isfinite() & (s > 0), 1 / s, 1.0)
+
+
+@torch.no_grad()
+def search(layer: type[EightLinear], weight: Tensor, largest: Tensor, rows: Tensor) -> Tensor | None:
+    """The factor with which a layer loses the least.
+
+    Args:
+        layer: what the weight [N, K] is to become.
+        largest: [K], the largest magnitude of each input. rows: [R, K], some of its inputs.
+
+    Returns:
+        float32 [K]; None if smoothing does not help. Errors are those of rows relative to their results, so that the
+        few huge rows that many models have do not decide alone.
+    """
+    x, w = rows.float(), weight.detach().float()
+    want = x @ w.t()
+    size = want.norm(dim=1).clamp_min(1e-20)
+
+    def loss(factor: Tensor | None) -> float:
+        packed = layer.pack(w, factor)
+        got = layer.product(x, packed.tensors, None, packed.group_size, packed.in_features)
+        return float(((got - want).norm(dim=1) / size).square().mean())
+
+    factors = [None, *(smoothing(w, largest, alpha) for alpha in ALPHAS)]
+    return min(factors, key=loss)
+
+
+# ------------------------------------------------------------------------------------------------ what there is
+
+
+@functools.cache
+def whole_products() -> bool:
+    """True if this CPU's `torch._int_mm` is right, and not many times slower than a product of floats. (Where there is
+    no kernel of oneDNN's for it, it is a plain loop.)"""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, (64, 512), generator=generator, dtype=torch.int8) for _ in range(2))
+    a[0], b[0] = 127, -127  # products whose sums of two do not fit in 16 bits
+    wide = a.float(), b.float().t()
+
+    def seconds(run: Callable[[], Tensor]) -> float:
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    try:
+        right = torch.equal(torch._int_mm(a, b.t()), (wide[0].double() @ wide[1].double()).int())
+    except RuntimeError:
+        return False
+    return right and seconds(lambda: torch._int_mm(a, b.t())) < 5 * seconds(lambda: wide[0] @ wide[1])
+
+
+@functools.cache
+def _float8_on_cpu() -> bool:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3 + 13 * i, 64, generator=generator).to(torch.float8_e4m3fn) for i in range(2))
+    try:
+        got = Fp8Linear.multiply(a, b, torch.ones(()))
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool(torch.allclose(got.double(), a.double() @ b.double().t(), rtol=1e-5, atol=1e-5))
+
+
+def refuse_float8(device: torch.device) -> None:
+    """Raises ValueError unless the device multiplies float8 numbers."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 9):
+            raise ValueError(
+                f"weights: got 'fp8', which needs a GPU of compute capability 8.9 or later; {device} "
+                f"({torch.cuda.get_device_name(device)}) has {capability[0]}.{capability[1]}"
+            )
+    elif not _float8_on_cpu():
+        raise ValueError("weights: got 'fp8', but torch._scaled_mm of this torch has no float8 product for the CPU")
