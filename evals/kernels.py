@@ -37,6 +37,7 @@ from torch_pagedkv import ops
 from torch_pagedkv.cli import positive
 
 from . import command, machine, render
+from . import peers as others
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KV_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -227,6 +228,8 @@ def paged(
     if kv == "same":
         peers["gather + sdpa"] = lambda a: sdpa(a, *(x[:, :, :longest] for x in dense(a)))
         peers["sdpa on dense KV"] = lambda a: sdpa(a, *a.dense)
+        if env.device.type == "cuda" and env.size == 2:
+            peers |= others.attention(heads, model.kv_heads, d, BLOCK, lengths, query, env.dtype)
     pairs = sum(query * (n - query) + query * (query + 1) // 2 for n in lengths)
     return Problem(
         make,
@@ -560,6 +563,8 @@ LAYERS: dict[str, Callable[[Model], tuple[int, int]]] = {  # name -> outputs, in
     "k": lambda m: (m.kv_heads * m.head_dim, m.hidden),
     "gate": lambda m: (m.ffn, m.hidden),
     "down": lambda m: (m.hidden, m.ffn),
+    "qkv": lambda m: ((m.heads + 2 * m.kv_heads) * m.head_dim, m.hidden),
+    "gate+up": lambda m: (2 * m.ffn, m.hidden),
 }
 
 
@@ -596,6 +601,8 @@ def int4(env: Env, model: Model, layer: str, rows: int, group: int) -> Problem:
         peers["aten int4 bf16"] = lambda a: torch.ops.aten._weight_int4pack_mm_for_cpu(
             a.x16, a.aten, group, a.aten_scales
         )
+    else:
+        peers |= others.int4(n, k, group, env.dtype)
     moved = n * k / 2 + 3 * n * k / group + env.size * rows * (n + k)
     flops = 2.0 * rows * n * k if rows >= 64 else 0.0
     return Problem(make, call, truth, outputs, moved=moved, bound=env.rounding(0.6, 8), flops=flops, peers=peers)
@@ -861,8 +868,9 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     *[("int4_linear", model, int4, devices, [
         {"layer": layer, "rows": n, "group": group} for layer in layers for n in rows
       ]) for model, devices, layers, rows, group in (
-          (L3, BOTH, ("q",), (1, 8, 64), 128), (L3, GPU, ("gate", "down"), (1, 16, 64, 256, 1024), 128),
-          (SMOL, BOTH, tuple(LAYERS), (1, 8, 64, 512), 64),
+          (L3, BOTH, ("q",), (1, 8, 64), 128),
+          (L3, GPU, ("qkv", "gate", "down", "gate+up"), (1, 8, 16, 32, 64, 256, 1024), 128),
+          (SMOL, BOTH, ("q", "k", "gate", "down"), (1, 8, 64, 512), 64),
       )],
     *[(op, model, gguf, BOTH, [{"layer": layer, "rows": n, "kind": kind} for n in (1, 8, 64)])
       for op, kind in (("q4k_linear", "Q4_K"), ("int8_linear", "Q8_0"))
@@ -927,7 +935,7 @@ def time_cuda(
         try:
             with torch.cuda.graph(graph):
                 run()
-            how, run = "graph", graph.replay  # type: ignore[assignment]
+            how, run = "graph", graph.replay
         except RuntimeError:
             torch.cuda.synchronize()
 
@@ -1013,10 +1021,17 @@ def measure(case: Case, env: Env, limit: dict[str, float], seconds: float, peers
         row["peers"] = {}
         for name, peer in problem.peers.items() if peers else ():
             try:
+                if isinstance(peer, others.Peer):
+                    for a in sets:
+                        peer.prepare(a)
+                    peer.check(sets[0])
                 peer_us, peer_how = timer(peer, sets, seconds)
                 row["peers"][name] = {"us": peer_us, "timed": peer_how}
-            except RuntimeError as problem_of_peer:  # such as a product of heads that a backend does not take
-                row["peers"][name] = {"failed": str(problem_of_peer).splitlines()[0]}
+            # such as a product of heads that a backend does not take
+            except (RuntimeError, TypeError, ValueError, AssertionError) as problem_of_peer:
+                row["peers"][name] = {
+                    "failed": (str(problem_of_peer) or type(problem_of_peer).__name__).splitlines()[0]
+                }
     except (RuntimeError, NotImplementedError) as problem_of_ours:
         row |= {"failed": str(problem_of_ours).splitlines()[0], "wrong": True}
     return row
@@ -1084,6 +1099,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="A,B", help='rows whose "op shape" contains one of these')
     parser.add_argument("--quick", action="store_true", help="one row an op")
     parser.add_argument("--no-peers", action="store_true", help="time our ops alone")
+    parser.add_argument("--load", action="append", default=[], metavar="LIB", help="a library with peers' operators")
     parser.add_argument("--seconds", type=float, default=0.2, help="of measuring for each time (default: 0.2)")
     parser.add_argument("--threads", type=positive, metavar="N", help="of the CPU kernels and of PyTorch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
@@ -1091,6 +1107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    for library in args.load:
+        torch.ops.load_library(library)
     device = torch.device(args.device)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     todo = cases(device.type, args.quick, [x.strip() for x in args.only.split(",") if x.strip()])
