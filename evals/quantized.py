@@ -9,7 +9,7 @@ Given are the perplexity of the text, the share of the loss of rounding to neare
 
 and the seconds that quantising took. The text is cut in windows; each begins with the tokenizer's <bos>, if it has one,
 and every token of the text is predicted once. With ``--separator`` files are sets of documents; evaluation and
-calibration may be of one file then: shuffled, the first documents are the text, the others the calibration data.
+calibration may be of one file then: its first documents are the text, the others the calibration data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -61,8 +60,6 @@ def data(args: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, list[str]]:
     same = any(file.resolve() == args.text.resolve() for file in args.calibration)
     if same and len(texts) < 2:
         raise models.UserError("--calibration: the file is the text that is evaluated; give --separator to divide it")
-    if same:
-        random.Random(0).shuffle(texts)
     ids: list[int] = []
     used = 0
     while used < len(texts) and len(ids) < args.skip_tokens + args.tokens:

@@ -46,8 +46,8 @@ class PagedConfig:
         fuse_layers: decoder layers of the usual form as one function that calls the kernels behind each other, without
             the modules in between, unless somebody hooked them.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
-            output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and, best, "awq+gptq" do it
-            with calibration data: slower to make, as fast to run, much less is lost. "gguf" replaces them by those of
+            output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and "awq+gptq" do it with
+            calibration data: slower to make, as fast to run, much less is lost. "gguf" replaces them by those of
             `gguf_file`, in the file's own numbers. "int8" (W8A8) and "fp8" (e4m3; a GPU of compute capability 8.9 or
             later) round weights, a scale for each output, and on the fly activations, a scale for each token. None
             leaves them as they were loaded, also if that is in 4 bits.
