@@ -659,7 +659,8 @@ def to_eight(env: Env, model: Model, tokens: int, stored: str) -> Problem:
     return Problem(
         make,
         lambda a: ops.quantize_per_token(a.x, a.factor, dtype=dtype),
-        lambda a: [t.float() for t in reference("quantize_per_token", a.x, a.factor, 0, dtype)],
+        # on the CPU, as in `write`
+        lambda a: [t.float() for t in reference("quantize_per_token", a.x.cpu(), a.factor.cpu(), 0, dtype)],
         lambda a, result: [t.float() for t in result],
         moved=tokens * (k * (env.size + 1) + 4) + 4 * k,
         bound=0.0,

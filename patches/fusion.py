@@ -56,7 +56,7 @@ def _probe_pages(model: PreTrainedModel, config: PagedConfig, facts: checks.Mode
     few = dataclasses.replace(config, num_blocks=blocks, max_blocks=blocks, kv_cache_dtype=None)
     cache = PagedCache(CacheManager(few, facts.specs, facts.dtype, facts.device, facts.rules))
     logits = []
-    with match.evaluating(model):
+    with match.evaluating(model), unrounded(model):
         for part in ids.split([ids.shape[1] - 1, 1], 1):
             cache.plan(*part.shape)
             logits.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits)

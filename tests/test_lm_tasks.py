@@ -89,6 +89,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[li
         },
         "ai2_arc/ARC-Easy": {"id": "v", "question": "Hot?", "choices": choices, "answerKey": "2"},
         "ai2_arc/ARC-Challenge": {"id": "v", "question": "Hot?", "choices": choices, "answerKey": "2"},
+        "boolq/none": {"question": "is fire hot", "passage": "Fire is hot.", "answer": True},
     }
     arc = {"id": "t", "query": "Question: What burns?\nAnswer:", "choices": ["air", "fire", "earth"], "gold": 1}
     dumps = {
