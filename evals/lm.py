@@ -90,7 +90,7 @@ class PagedLM(HFLM):
     """
 
     def __init__(self, pretrained: Any, *, share_contexts: bool = True, **kwargs: Any) -> None:
-        names = {option.name for option in dataclasses.fields(PagedConfig)}
+        names = {option.name for option in dataclasses.fields(PagedConfig)} - {"tokenizer"}  # which is HFLM's too
         options = {name: kwargs.pop(name) for name in sorted(names & kwargs.keys())}
         try:
             PagedConfig(**options)  # before anything is loaded
@@ -102,7 +102,7 @@ class PagedLM(HFLM):
             if options:
                 raise models.UserError(f"{', '.join(options)}: the model is patched already")
         else:
-            models.patch(self.model, **options)
+            models.patch(self.model, tokenizer=self.tokenizer, **options)
         self.share_contexts = share_contexts
         accepted = inspect.signature(type(self.model).forward).parameters
         self._takes_positions = "position_ids" in accepted

@@ -90,9 +90,8 @@ class PagedConfig:
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
         _one_of("weights", self.weights, (None, "int4", "awq", "gptq", "awq+gptq"))
-        for name in ("calibration", "tokenizer"):
-            if getattr(self, name) is not None and self.weights in (None, "int4"):
-                raise ValueError(f"{name}: got one, but weights={self.weights!r} needs no calibration data")
+        if self.calibration is not None and self.weights in (None, "int4"):
+            raise ValueError(f"calibration: got one, but weights={self.weights!r} needs no data")
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
