@@ -38,7 +38,6 @@ from torch_pagedkv import PagedCache, PagedConfig
 from torch_pagedkv.kv.manager import CacheFullError
 from torch_pagedkv.kv.pool import PoolMemoryError
 from torch_pagedkv.patches import generation, is_patched
-from torch_pagedkv.quant.calibrated import METHODS
 
 from . import models
 
@@ -91,7 +90,7 @@ class PagedLM(HFLM):
     """
 
     def __init__(self, pretrained: Any, *, share_contexts: bool = True, **kwargs: Any) -> None:
-        names = {option.name for option in dataclasses.fields(PagedConfig)} - {"tokenizer"}  # HFLM's own
+        names = {option.name for option in dataclasses.fields(PagedConfig)} - {"tokenizer"}  # which is HFLM's too
         options = {name: kwargs.pop(name) for name in sorted(names & kwargs.keys())}
         try:
             PagedConfig(**options)  # before anything is loaded
@@ -103,9 +102,7 @@ class PagedLM(HFLM):
             if options:
                 raise models.UserError(f"{', '.join(options)}: the model is patched already")
         else:
-            if options.get("weights") in METHODS or "calibration" in options:
-                options["tokenizer"] = self.tokenizer
-            models.patch(self.model, **options)
+            models.patch(self.model, tokenizer=self.tokenizer, **options)
         self.share_contexts = share_contexts
         accepted = inspect.signature(type(self.model).forward).parameters
         self._takes_positions = "position_ids" in accepted

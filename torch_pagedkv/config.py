@@ -101,9 +101,8 @@ class PagedConfig:
         if not isinstance(self.salt, (str, bytes, int, type(None))):
             raise TypeError(f"salt: got {type(self.salt).__name__}, needs str, bytes, int or None")
         _one_of("weights", self.weights, (None, "int4", "awq", "gptq", "awq+gptq", "gguf", "int8", "fp8"))
-        for name in ("calibration", "tokenizer"):
-            if getattr(self, name) is not None and self.weights in (None, "int4", "gguf"):
-                raise ValueError(f"{name}: got one, but weights={self.weights!r} needs no calibration data")
+        if self.calibration is not None and self.weights in (None, "int4", "gguf"):
+            raise ValueError(f"calibration: got one, but weights={self.weights!r} needs no calibration data")
         if not isinstance(self.gguf_file, (str, os.PathLike, type(None))):
             raise TypeError(f"gguf_file: got {type(self.gguf_file).__name__}, needs a path or None")
         if (self.weights == "gguf") != (self.gguf_file is not None):

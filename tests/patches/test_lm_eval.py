@@ -360,3 +360,10 @@ def test_copies_share_nothing(tokenizer: Any) -> None:
         paged(twin, tokenizer)._loglikelihood_tokens(asked, disable_tqdm=True),
         paged(model, tokenizer)._loglikelihood_tokens(asked, disable_tqdm=True),
     )
+
+
+def test_calibrated_weights_take_its_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "".join(random.Random(0).choices("abcdefgh ", k=1500))
+    model = paged(tiny.make("llama"), tokenizer, weights="gptq", group_size=32, calibration=[text])
+    assert torch_pagedkv.report(model.model).replaced["int4_linear"] == 14
+    assert len(model._loglikelihood_tokens(requests())) == len(requests())
