@@ -5,7 +5,8 @@
 #   evals/gpu.sh [-o FOLDER] [STEP ...]      steps: build check tests memcheck racecheck initcheck bench accuracy speed
 #                                            compiled
 #
-# Runs in the environment as it is (its own torch); nothing is installed.
+# Runs in the environment as it is (its own torch); nothing is installed. BENCH in the environment: more options of the
+# benchmark, such as `--load LIBRARY` for peers' operators.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-build/gpu}
