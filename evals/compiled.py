@@ -1,6 +1,6 @@
 """What torch.compile gives: stock eager, stock on a static cache and compiled, patched, patched and compiled.
 
-    python -m torch_pagedkv.evals.compiled [--model ... | --random llama3-8b] [--weights int4] [--device ...] [--json FILE]
+    python -m torch_pagedkv.evals.compiled [--model ... | --random llama3-8b] [--weights int4] [--device ...] [--json F]
 
 Each way decodes the same prompts with plain `generate()`, on the same model object, from an empty compiler. Given are
 
