@@ -28,7 +28,7 @@ def measure(folder: str, device: str, *options: str) -> dict[str, Any]:
 
 
 def test_same_tokens(folder: str, device: str) -> None:
-    """Greedy (the committed measurement: 28 prompts, 200 tokens), ragged left-padded batches; the same with a prefix hit;
+    """Greedy (the committed result: 28 prompts, 200 tokens), ragged left-padded batches; the same with a prefix hit;
     beams with several returns."""
     result = measure(folder, device, "--checks", "tokens", "--prompts", "12", "--new-tokens", "96")
     assert result["failures"] == []
