@@ -165,6 +165,8 @@ def test_what_cannot_be_understood_is_refused(text: str) -> None:
 
 def test_lines_stay_where_they_are() -> None:
     for path in sorted((native.CSRC / "cuda").glob("*.cu*")):
+        if path.name in build.REPLACED:
+            continue
         text = path.read_text()
         changed = transform.transform(text, path).split("\n", 1)[1]
         assert changed.count("\n") == text.count("\n"), path

@@ -121,7 +121,9 @@ inline vf apply(vf x) {
   if constexpr (act == Act::kGelu) {
     const vf t = as<vf>(as<vu>(x) & 0x7fffffffu);
     const vf q = sizeof(T) == 2 ? normal_tail(t, kShortTail) : normal_tail(t, kTail);
-    return x * (x < 0.f ? q : 1.f - q);
+    vf part = x < 0.f ? q : 1.f - q;
+    if constexpr (sizeof(T) == 4) part = t < 1.f ? fma(x, normal_middle(x), splat(0.5f)) : part;
+    return x * part;
   }
   if constexpr (act == Act::kGeluTanh)  // (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), without its cancellation
     return x / (1.f + exp(-1.59576912f * (x + 0.044715f * (x * x * x))));

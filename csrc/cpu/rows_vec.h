@@ -410,5 +410,18 @@ inline vf normal_tail(vf t, const float (&c)[terms]) {
   return exp<true>(-0.5f * t * t) * (p * s);
 }
 
+// Phi(x) - 1 / 2 over x for |x| < 1, a series in x^2 with a relative error of 1e-9: there the tail's roundings are
+// twice as large as this sum's.
+constexpr float kMiddle[] = {0.39894228f,      -0.0664903801f,  0.00997355701f,   -0.00118732822f, 0.000115434688f,
+                             -9.44465626e-06f, 6.65969352e-07f, -4.12266741e-08f, 2.27352982e-09f};
+inline vf normal_middle(vf x) {
+  constexpr int terms = sizeof(kMiddle) / sizeof(float);
+  const vf square = x * x;
+  vf p = splat(kMiddle[terms - 1]);
+#pragma GCC unroll 16
+  for (int i = terms - 2; i >= 0; --i) p = fma(p, square, splat(kMiddle[i]));
+  return p;
+}
+
 }  // namespace
 }  // namespace pagedkv
