@@ -21,8 +21,9 @@ from transformers.utils import logging as hf_logging
 from ..config import PagedConfig
 from ..kv.pool import MODEL_DTYPES
 from ..quant import calibrated, calibration, gptq, rtn
+from ..quant.fixed import fixed_layers
 from ..quant.formats import Int4Weight
-from ..quant.held import held_layers, op_of, untie
+from ..quant.held import untie
 from ..quant.linear import Int4Linear
 from ..quant.loading import Rounded, int4_layers
 from . import checks, match
@@ -118,15 +119,15 @@ def apply(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run |
         from . import quantized
 
         quantized.apply(model, config, log)
-    for name, module in held_layers(model):
-        log.runs(name, "weights", op_of(module))
+    for name, module in fixed_layers(model):
+        log.runs(name, "weights", module.op)
     for name, reason in getattr(getattr(model, "hf_quantizer", None), "kept", {}).items():
         log.kept(name, "weights", reason)
 
 
 def stay(model: nn.Module, config: PagedConfig) -> bool:
     """True if an unpatched model keeps quantised layers, because their originals are gone."""
-    return config.weights is not None and not config.keep_original and bool(held_layers(model))
+    return config.weights is not None and not config.keep_original and bool(fixed_layers(model))
 
 
 def _round(model: PreTrainedModel, config: PagedConfig, log: PatchLog, run: Run) -> None:

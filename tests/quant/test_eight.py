@@ -16,7 +16,7 @@ import torch_pagedkv
 from torch_pagedkv import ops
 from torch_pagedkv.quant import eight
 from torch_pagedkv.quant.eight import Fp8Linear, W8A8Linear
-from torch_pagedkv.quant.held import held_layers
+from torch_pagedkv.quant.fixed import fixed_layers
 
 FORMS = {"int8": W8A8Linear, "fp8": Fp8Linear}
 forms = pytest.mark.parametrize("form", FORMS)
@@ -85,9 +85,9 @@ def test_as_a_module(form: str) -> None:
     file.seek(0)
     for twin in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
         assert torch.equal(twin(x), want) and repr(twin) == repr(layer)
-    dtypes = [None if t is None else t.dtype for t in layer.held()]
+    dtypes = [None if t is None else t.dtype for t in layer.operands()]
     layer.to(torch.bfloat16)
-    assert [None if t is None else t.dtype for t in layer.held()] == dtypes and layer.bias.dtype == torch.bfloat16
+    assert [None if t is None else t.dtype for t in layer.operands()] == dtypes and layer.bias.dtype == torch.bfloat16
     layer.float()
     x.requires_grad_()
     y = layer(x)
@@ -119,7 +119,7 @@ def test_patch_and_unpatch(form: str, family: str) -> None:
     model = tiny.make(family)
     before, stock = copy.deepcopy(model.state_dict()), _logits(model)
     torch_pagedkv.patch(model, weights=form, keep_original=True)
-    layers = dict(held_layers(model))
+    layers = dict(fixed_layers(model))
     assert layers and "lm_head" not in layers and all(isinstance(module, FORMS[form]) for module in layers.values())
     report = torch_pagedkv.report(model)
     assert report.replaced[FORMS[form].op] == len(layers)
@@ -132,7 +132,7 @@ def test_patch_and_unpatch(form: str, family: str) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(_logits(model), stock)
-    assert not held_layers(model) and getattr(model, "hf_quantizer", None) is None
+    assert not fixed_layers(model) and getattr(model, "hf_quantizer", None) is None
 
 
 @forms
@@ -182,7 +182,7 @@ def test_calibration(form: str, tmp_path, caplog: pytest.LogCaptureFixture) -> N
         model.train()
         torch_pagedkv.patch(model, weights=form, calibration=calibration, tokenizer=_Tokenizer())
         assert all(not module._forward_pre_hooks and module.training for module in model.modules())
-        layers = dict(held_layers(model))
+        layers = dict(fixed_layers(model))
         results.append({name: module.factor for name, module in layers.items() if "smoothed" in module.source})
         assert len(results[-1]) > len(layers) // 3
     assert results[0].keys() == results[1].keys()
@@ -195,7 +195,7 @@ def test_calibration(form: str, tmp_path, caplog: pytest.LogCaptureFixture) -> N
         model = tiny.make("llama", max_position_embeddings=64)
         with pytest.raises(error, match=message):
             torch_pagedkv.patch(model, weights=form, calibration=bad, tokenizer=_Tokenizer())
-        assert not held_layers(model)
+        assert not fixed_layers(model)
 
 
 def test_options() -> None:
@@ -225,7 +225,7 @@ def test_head_and_saving(form: str, tmp_path, caplog: pytest.LogCaptureFixture) 
     with pytest.raises(ValueError, match=rf"weights: got 'int4', but the model is quantised already \({form}\)"):
         torch_pagedkv.patch(model, weights="int4")
     model.dequantize()
-    assert not held_layers(model)
+    assert not fixed_layers(model)
     model.save_pretrained(tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     for form in FORMS:
         with pytest.raises(ValueError, match=r"weights: .*up_proj\.weight has entries that are NaN"):
             torch_pagedkv.patch(model, weights=form)
-        assert not held_layers(model)
+        assert not fixed_layers(model)
     monkeypatch.setattr(eight, "_float8_on_cpu", lambda: False)
     with pytest.raises(ValueError, match=r"weights: got 'fp8', but torch\._scaled_mm"):
         torch_pagedkv.patch(tiny.make("llama"), weights="fp8")

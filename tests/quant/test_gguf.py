@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import torch_pagedkv
 from torch_pagedkv.quant import gguf as ours
-from torch_pagedkv.quant.held import held_layers
+from torch_pagedkv.quant.fixed import fixed_layers
 from torch_pagedkv.quant.linear import Int4Linear
 from torch_pagedkv.quant.packed import Int8Linear, PackedWeight
 
@@ -186,7 +186,7 @@ def test_model(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     _write(tmp_path / "m.gguf", kind)
     dense = _stock(tmp_path / "m.gguf", dtype)
     model = torch_pagedkv.from_gguf(tmp_path / "m.gguf", dtype=dtype)
-    layers = dict(held_layers(model))
+    layers = dict(fixed_layers(model))
     assert len(layers) == 7 * LAYERS  # query and key, whose rows the file interleaves, too
     for name, layer in layers.items():
         assert torch.equal(layer.weight, dense.get_submodule(name).weight)
@@ -204,7 +204,7 @@ def test_model(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     torch_pagedkv.unpatch(dense)
     after = dense.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
-    assert getattr(dense, "hf_quantizer", None) is None and not held_layers(dense)
+    assert getattr(dense, "hf_quantizer", None) is None and not fixed_layers(dense)
 
 
 def test_mixed(tmp_path: Path) -> None:
@@ -243,9 +243,9 @@ def test_patch_of_a_model_that_is_not_the_files(tmp_path: Path) -> None:
     down = dense.model.layers[0].mlp.down_proj.weight.clone()
     torch_pagedkv.patch(dense, weights="gguf", gguf_file=str(tmp_path / "m.gguf"))
     want = _stock(tmp_path / "m.gguf", torch.float32)
-    for name, layer in held_layers(dense):
+    for name, layer in fixed_layers(dense):
         assert torch.equal(layer.weight, want.get_submodule(name).weight), name
-    assert len(held_layers(dense)) == 6 * LAYERS
+    assert len(fixed_layers(dense)) == 6 * LAYERS
     assert torch.equal(dense.model.layers[0].mlp.down_proj.weight, down)
     torch_pagedkv.unpatch(dense)  # says that they stay
     torch_pagedkv.patch(dense, weights="gguf", gguf_file=str(tmp_path / "m.gguf"))
@@ -334,6 +334,6 @@ def test_options(tmp_path: Path) -> None:
         model = tiny.make("llama")
         with pytest.raises(ValueError, match=message):
             torch_pagedkv.patch(model, **options)
-        assert not held_layers(model)
+        assert not fixed_layers(model)
     with pytest.raises(TypeError, match="gguf_file: got int"):
         torch_pagedkv.PagedConfig(weights="gguf", gguf_file=3)

@@ -43,7 +43,7 @@ def test_forward(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(layer(x).double(), want, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     assert layer.weight.dtype == dtype and layer.weight.shape == (layer.out_features, layer.in_features)
     assert layer(x[:, :0]).shape == (2, 0, layer.out_features)
-    assert torch.equal(KINDS[kind](dtype, None)(x), (layer.product(x, layer.held(), None, 32, layer.in_features)))
+    assert torch.equal(KINDS[kind](dtype, None)(x), (layer.product(x, layer.operands(), None, 32, layer.in_features)))
 
 
 @kinds
@@ -58,7 +58,7 @@ def test_copies_are_the_same(kind: str) -> None:
     for twin in twins:
         assert torch.equal(twin(x), want) and repr(twin) == repr(layer)
     other = copy.deepcopy(layer)
-    other.held()[-1].zero_()
+    other.operands()[-1].zero_()
     assert not torch.equal(other(x), want)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), want)
@@ -67,14 +67,14 @@ def test_copies_are_the_same(kind: str) -> None:
 @kinds
 def test_casts_keep_the_numbers(kind: str) -> None:
     layer = _layer(kind)
-    numbers, dtypes = layer.dequantize(torch.float32), [t.dtype for t in layer.held()]
+    numbers, dtypes = layer.dequantize(torch.float32), [t.dtype for t in layer.operands()]
     for cast in (torch.bfloat16, torch.float16, torch.float32):
         layer.to(cast)
         assert layer.like.dtype == layer.bias.dtype == layer.weight.dtype == cast
-        assert [t.dtype for t in layer.held()] == dtypes
+        assert [t.dtype for t in layer.operands()] == dtypes
         assert torch.equal(layer.dequantize(torch.float32), numbers)
     meta = copy.deepcopy(layer).to("meta")
-    assert all(t.is_meta for t in meta.held()) and [t.dtype for t in meta.held()] == dtypes
+    assert all(t.is_meta for t in meta.operands()) and [t.dtype for t in meta.operands()] == dtypes
 
 
 @kinds

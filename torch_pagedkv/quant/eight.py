@@ -62,16 +62,16 @@ class EightLinear(PackedLinear):
         raise NotImplementedError
 
     @classmethod
-    def product(cls, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, group: int, inputs: int) -> Tensor:
-        q, scales, factor, one = parts
+    def product(cls, x: Tensor, operands: Any, bias: Tensor | None, run: int, inputs: int) -> Tensor:
+        q, scales, factor, one = operands
         rotation = cls.rotation(inputs)
         rounded, row_scale = ops.quantize_per_token(x, factor, rotation=rotation, dtype=q.dtype)
         sums = cls.multiply(rounded.reshape(-1, inputs), q, one).view(*x.shape[:-1], q.shape[0])
         return ops.dequantize_sums(sums, row_scale, scales, bias, dtype=x.dtype)
 
     @classmethod
-    def numbers(cls, parts: tuple[Tensor, ...], group: int, inputs: int, dtype: torch.dtype) -> Tensor:
-        q, scales, factor, _ = parts
+    def numbers(cls, operands: Any, run: int, inputs: int, dtype: torch.dtype) -> Tensor:
+        q, scales, factor, _ = operands
         w = ops.quantize.rotated(q.float() * scales[:, None], cls.rotation(inputs))
         return (w if factor is None else w * factor).to(dtype)
 

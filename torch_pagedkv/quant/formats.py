@@ -56,6 +56,11 @@ class Int4Weight:
     g_idx: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """N and K."""
+        return self.q.shape[0], self.q.shape[1]
+
+    @property
     def groups(self) -> Tensor:
         """int64 [K], the group of each input."""
         if self.g_idx is not None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .loading import int4_layers, to_linear
-from .packed import PackedLinear, packed_layers
+from .fixed import fixed_layers
+from .quantizer import FixedQuantizer
 
 if TYPE_CHECKING:
     from ..patches.log import PatchLog
@@ -25,15 +23,13 @@ class HeldConfig(QuantizationConfigMixin):
         self.form = form
 
 
-class Held(HfQuantizer):
+class Held(FixedQuantizer):
     """Stands for layers such as Q4_K or W8A8 ones: they run and can be dequantised, and are not saved as they are.
 
     Attributes:
         form: "gguf", "int8" or "fp8".
         kept: layer -> why it was left in floating point.
     """
-
-    requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -47,47 +43,18 @@ class Held(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Raises ValueError while there is a layer that is held so."""
-        for name, module in packed_layers(model):
+        for name, module in fixed_layers(model):
             raise ValueError(
                 f"{name}: its weight ({module.source or module.bits}) has no exact form in the checkpoints that are "
                 "written here; model.dequantize() gives float weights, which can be saved"
             )
         return dict(model.state_dict()), {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for _, module in held_layers(model):
-            to_linear(module, dtype)  # type: ignore[arg-type]
-        return model
-
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """True, so that saving gets as far as the message above."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: adapters can be trained, inputs have gradients."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """True."""
-        return True
-
-
-def held_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All layers with packed weights, of 4 bits or in another form, with their names."""
-    return [*int4_layers(model), *packed_layers(model)]
-
 
 def untie(model: PreTrainedModel, marks: PatchLog) -> None:
     """Note in the model, and in `marks` to be undone, that its head has a quantised weight of its own, if it has."""
     head, ties = model.get_output_embeddings(), dict(model.all_tied_weights_keys)
-    names = [name for name, module in held_layers(model) if module is head]
+    names = [name for name, module in fixed_layers(model) if module is head]
     if names and ties.pop(f"{names[0]}.weight", None) is not None:
         marks.set_attribute(model, "all_tied_weights_keys", ties)
         marks.set_attribute(model.config, "tie_word_embeddings", False)
-
-
-def op_of(module: nn.Module) -> str:
-    """The op that runs a layer of `held_layers`."""
-    return module.op if isinstance(module, PackedLinear) else "int4_linear"

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AwqConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging as hf_logging
 
 from . import formats, registry
 from .checkpoint import Recipe, headers, recipe
 from .formats import FORMATS, FormatError, Scheme
 from .linear import Int4Linear
+from .quantizer import FixedQuantizer
 from .registry import GPTQConfig
 
 
@@ -55,10 +55,8 @@ class _Pending(nn.Module):
     forward = Int4Linear.forward
 
 
-class Int4Quantizer(HfQuantizer):
+class Int4Quantizer(FixedQuantizer):
     """Loads a checkpoint's 4-bit layers into `Int4Linear`, and saves them."""
-
-    requires_calibration = False
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -138,43 +136,12 @@ class Int4Quantizer(HfQuantizer):
     def _form(self, model: PreTrainedModel) -> formats.Format:
         return self.recipe.form
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        """True: `save_pretrained` writes the format that was loaded."""
-        return True
-
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for _, module in int4_layers(model):
-            to_linear(module, dtype)
-        return model
-
-    @property
-    def is_trainable(self) -> bool:
-        """True: adapters can be trained, inputs have gradients."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """True."""
-        return True
-
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
     """The 4-bit layers of a model with their names."""
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             yield name, module
-
-
-@torch.no_grad()
-def to_linear(module: Int4Linear, dtype: torch.dtype | None = None) -> nn.Linear:
-    """Turn an Int4Linear into a plain `nn.Linear` with the weight that it stood for, in place."""
-    weight, bias = module.dequantize(dtype or module.like.dtype), module.bias
-    for name in list(module._buffers):
-        del module._buffers[name]
-    module.__class__ = nn.Linear  # type: ignore[assignment]
-    module.weight = nn.Parameter(weight)
-    module.register_parameter("bias", None if bias is None else nn.Parameter(bias.to(weight.dtype)))
-    return module
 
 
 # ------------------------------------------------------------------------------------------------ before loading
