@@ -230,7 +230,7 @@ def _flex(at: Attention) -> dict[str, Peer]:
 
 
 def _fa3(at: Attention) -> dict[str, Peer]:
-    """vLLM's build of FlashAttention-3; also with its plan made beforehand, as there for all layers of a step."""
+    """vLLM's build of FlashAttention-3; in decoding also with its plan made beforehand, as there for a whole step."""
     if not has_op("_vllm_fa3_C", "fwd") or at.head_dim not in FA3_HEADS or at.dtype != torch.bfloat16:
         return {}
     window = (at.window - 1 if at.window else -1, 0 if at.window else -1)
@@ -249,7 +249,8 @@ def _fa3(at: Attention) -> dict[str, Peer]:
         after = (at.scale, True, *window, at.softcap, True, a.plan, 0, None, 0, None, 1, 0, None)
         return torch.ops._vllm_fa3_C.fwd(a.query, a.k, a.v, None, None, None, *before, *[None] * 8, *after)[0]
 
-    return {"FA3, paged": Peer(call, starts), "FA3, paged, planned": Peer(call, plan)}
+    planned = {"FA3, paged, planned": Peer(call, plan)} if at.query == 1 else {}
+    return {"FA3, paged": Peer(call, starts), **planned}
 
 
 def _flashinfer(at: Attention) -> dict[str, Peer]:

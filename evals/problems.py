@@ -454,9 +454,9 @@ def swap(env: Env, model: Model, pairs: int, to_host: bool, adjacent: bool = Fal
 
 def swapped(env: Env, model: Model, pairs: int) -> tuple[Tensor, Tensor]:
     """A cache on the device and one of its shape in the host's memory."""
-    here = env.normal(2 * pairs, PAGE, model.kv_heads, model.head_dim)
-    there = torch.randn(here.shape).to(env.dtype)
-    return here, there.pin_memory() if env.device.type == "cuda" else there
+    shape = (2 * pairs, PAGE, model.kv_heads, model.head_dim)
+    there = torch.empty(shape, dtype=env.dtype, pin_memory=env.device.type == "cuda")
+    return env.normal(*shape), there.copy_(env.normal(*shape))
 
 
 def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False) -> Problem:

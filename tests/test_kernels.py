@@ -170,6 +170,7 @@ def test_fa3_is_asked_only_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> N
     assert peers._fa3(shape()) == {}  # not loaded
     monkeypatch.setattr(peers, "has_op", lambda namespace, name: True)
     assert list(peers._fa3(shape())) == ["FA3, paged", "FA3, paged, planned"]
+    assert list(peers._fa3(shape(query=8, head_dim=64))) == ["FA3, paged"]
     for changes in ({"head_dim": 256}, {"head_dim": 80}, {"dtype": torch.float16}):
         assert peers._fa3(shape(**changes)) == {}
 
