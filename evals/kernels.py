@@ -68,7 +68,7 @@ MIB = 1 << 20
 ROTATED = {"cuda": 256 * MIB, "cpu": 64 * MIB}  # more than the last cache
 MAX_SETS = {"cuda": 400, "cpu": 32}
 SECONDS = {"cuda": 0.05, "cpu": 0.2}  # of measuring for each time
-SLACK = {"cuda": 1.05, "cpu": 1.25}  # a row that takes so many times as long as before is slower
+SLACK = {"cuda": (1.05, 0.5), "cpu": (1.25, 1.0)}  # slower is what takes more than so many times as long and so many us
 FAMILIES = {  # section of the table -> its ops
     "attention": ("paged_attention", "flash_attention", "merge_attention_states"),
     "cache": ("reshape_and_cache", "gather_cache", "copy_blocks", "swap_blocks"),
@@ -314,16 +314,16 @@ def beside(peer: Callable[[Any], Any], sets: Sequence[Any], timer: Timer) -> dic
 # ---- showing ---------------------------------------------------------------------------------------------------------
 
 
-def ratios(result: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """(op, shape) -> the time of `before` by that now, for rows that both results have."""
+def changes(result: dict[str, Any]) -> dict[tuple[str, str], tuple[float, bool]]:
+    """(op, shape) -> how much faster than `before`, and whether it is slower by more than measurements scatter, of the
+    rows that both results have."""
     old = {(row["op"], row["shape"]): row["us"] for row in result["before"]["rows"] if "us" in row}
-    now = {(row["op"], row["shape"]): row["us"] for row in result["rows"] if "us" in row}
-    return {key: old[key] / us for key, us in now.items() if key in old}
-
-
-def slower(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows (op, shape) that got slower than `before` by more than measurements scatter."""
-    return [key for key, ratio in ratios(result).items() if ratio * SLACK[result["device"]] < 1]
+    factor, us = SLACK[result["device"]]
+    return {
+        key: (old[key] / row["us"], row["us"] > old[key] * factor + us)
+        for row in result["rows"]
+        if "us" in row and (key := (row["op"], row["shape"])) in old
+    }
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -352,7 +352,7 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     """The sections of a result, one a family of ops; beside an earlier result, if it is there as `before`."""
     header = ["op", "shape", "us", "rate", "of limit", "error", "peers, us (by ours)"]
     compared = "before" in result
-    faster, marked = (ratios(result), slower(result)) if compared else ({}, [])
+    changed = changes(result) if compared else {}
     found: dict[str, render.Rows] = {}
     for family, members in FAMILIES.items():
         rows = []
@@ -361,8 +361,9 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
                 continue
             line, key = cells(row), (row["op"], row["shape"])
             if compared:
-                change = f"{faster[key]:.2f}x" if key in faster else "-"
-                line.insert(5, f"{change} SLOWER" if key in marked else change)
+                faster, worse = changed.get(key, (None, False))
+                change = "-" if faster is None else f"{faster:.2f}x"
+                line.insert(5, f"{change} SLOWER" if worse else change)
             rows.append(line)
         if rows:
             found[family] = [[*header[:5], *(["faster than before"] if compared else []), *header[5:]], *rows]
@@ -458,8 +459,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         for line in roofline.write(result, args.plot):
             print(line, file=sys.stderr)
-    for op, shape in slower(shown) if before else ():
-        print(f"SLOWER: {op} {shape}: {ratios(shown)[op, shape]:.2f}x of {args.compare.name}'s speed", file=sys.stderr)
+    for (op, shape), (faster, worse) in changes(shown).items() if before else ():
+        if worse:
+            print(f"SLOWER: {op} {shape}: {faster:.2f}x of {args.compare.name}'s speed", file=sys.stderr)
     wrong = [row for row in result["rows"] if row["wrong"]]
     for row in wrong:
         print(f"WRONG: {row['op']} {row['shape']}: {row.get('failed', row.get('error'))}", file=sys.stderr)
