@@ -32,7 +32,9 @@ def test_bench(device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     dtype = "float32" if device == "cpu" else "bfloat16"
     assert bench("--device", device, "--only", only, "--json", str(file)) == 0
     result = json.loads(file.read_text())
-    rows = {row["op"]: row for row in result["rows"]}
+    rows: dict[str, Any] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["op"], row)  # a GPU has more of them
     assert list(rows) == ["paged_attention", "rms_norm", "add_rms_norm"]
     assert result["device"] == device and result["dtype"] == dtype and result["machine"]["versions"]["torch"]
     assert all(value > 0 for value in result["limits"].values()) and {"GB/s", "TFLOP/s"} <= result["limits"].keys()
