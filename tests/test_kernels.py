@@ -207,7 +207,8 @@ def row(op: str, us: float, **changes: Any) -> dict[str, Any]:
     """A row of a result."""
     made = {"op": op, "shape": "Tiny", "us": us, "timed": "graph", "rate": 1e3 / us, "unit": "GB/s", "sets": 1}
     made |= {"bytes": 1e6, "flops": 0.0, "of_limit": 0.5, "error": 0.0, "bound": 0.0, "wrong": False}
-    return made | {"peers": {"theirs": {"us": 2 * us, "timed": "graph"}, "none": {"failed": "why"}}} | changes
+    peers = {"none": {"failed": "why"}, "slow": {"us": 3 * us, "timed": "eager"}, "theirs": {"us": 2 * us}}
+    return made | {"peers": peers} | changes
 
 
 @pytest.fixture
@@ -239,7 +240,9 @@ def test_slower_rows_are_marked(result: dict[str, Any]) -> None:
     assert tables["norm"][1][column] == f"{(10.1 - us) / factor / 10:.2f}x"
     assert tables["sampling"][1][column] == "-" and tables["sampling"][1][2] == "FAILED"
     assert {len(line) for rows in tables.values() for line in rows} == {8}
-    assert {len(line) for rows in kernels.tables(result).values() for line in rows} == {7}
+    tables = kernels.tables(result)
+    assert {len(line) for rows in tables.values() for line in rows} == {7}
+    assert tables["norm"][1][-1] == "theirs 20.0 (2.0x); slow 30.0* (3.0x); none failed"
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
