@@ -293,9 +293,15 @@ def measure(case: Case, env: Env, limit: dict[str, float], seconds: float, peers
         chosen = problem.peers if peers else {}
         row["peers"] = {name: beside(peer, sets, partial(timer, seconds=seconds)) for name, peer in chosen.items()}
     except (RuntimeError, NotImplementedError) as problem_of_ours:
-        row |= {"failed": str(problem_of_ours).splitlines()[0], "wrong": True}
+        row |= {"failed": brief(problem_of_ours), "wrong": True}
     row["took_s"] = round(time.perf_counter() - began, 3)
     return row
+
+
+def brief(problem: Exception) -> str:
+    """An error in a line."""
+    line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."
 
 
 def beside(peer: Callable[[Any], Any], sets: Sequence[Any], timer: Timer) -> dict[str, Any]:
@@ -308,7 +314,7 @@ def beside(peer: Callable[[Any], Any], sets: Sequence[Any], timer: Timer) -> dic
         us, how = timer(peer, sets)
         return {"us": us, "timed": how}
     except Exception as problem:  # theirs, of any kind: such as a number of heads that a backend does not take
-        return {"failed": (str(problem) or type(problem).__name__).splitlines()[0]}
+        return {"failed": brief(problem)}
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------

@@ -74,6 +74,11 @@ def test_an_op_that_raises_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "FAILED" in told.out and "WRONG: layer_norm SmolLM2-135M, rows 8: no such kernel" in told.err
 
 
+def test_errors_are_told_in_a_line() -> None:
+    assert kernels.brief(RuntimeError("a\nb")) == "a" and kernels.brief(AssertionError()) == "AssertionError"
+    assert len(kernels.brief(RuntimeError("x" * 1000))) == 160
+
+
 def test_no_such_row(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench("--device", "cpu", "--only", "rms_norms")
