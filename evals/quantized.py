@@ -217,11 +217,8 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
 
 def parser() -> argparse.ArgumentParser:
     """Declare the options."""
-    top = argparse.ArgumentParser(
-        prog="python -m torch_pagedkv.evals.quantized", description=(__doc__ or "").splitlines()[0]
-    )
+    top = command.parser("quantized", __doc__)
     add: Callable[..., Any] = top.add_argument
-    add("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
     add("--text", type=Path, required=True, metavar="FILE", help="to evaluate")
     add("--calibration", type=Path, required=True, nargs="+", metavar="FILE", help="to calibrate with")
     add("--separator", metavar="TEXT", help="between the documents of all these files")
@@ -237,11 +234,7 @@ def parser() -> argparse.ArgumentParser:
     add("--order", choices=("static", "dynamic", "none"), default="static", help="of GPTQ (default: %(default)s)")
     add("--damping", type=float, default=0.01, metavar="X", help="of GPTQ (default: %(default)s)")
     add("--correction", type=float, default=0.5, metavar="X", help="0 .. 1 (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, help="default: fp32 on cpu, bf16 on cuda")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
-    top.set_defaults(argv=None)
     return top
 
 
