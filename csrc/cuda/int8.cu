@@ -6,6 +6,7 @@
 // Many rows: the weight is dequantised for the call and multiplied by torch's own product, whose time it is.
 #include "int4.h"
 #include "reduce.cuh"
+#include "torch_linear.h"
 
 namespace pagedkv {
 namespace {
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(32 * kWarps) few_rows_kernel(const __grid_cons
   static_cast<T*>(p.y)[(first_row + warp) * p.n + out] = int4_finish<T>(p, first_row + warp, out, sum);
 }
 
-// y = activation(y + bias) + residual
+// y = activation(y) + residual
 template <class T>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const __grid_constant__ Int4Params p) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -193,12 +194,13 @@ Tensor int8_linear_cuda(Tensor x, Tensor packed, Tensor scales, OptTensor bias, 
     y = torch::stable::new_empty(x, sizes);
   } else {
     Tensor w = dequantize(packed, scales, group_size, in_features, x.scalar_type());
-    y = torch::stable::matmul(x, torch::stable::transpose(w, 0, 1));
+    y = torch_linear(x, w, bias);
     if (!y.is_contiguous()) y = torch::stable::contiguous(y);
+    p.bias = nullptr;
   }
   if (p.m == 0 || p.n == 0) return y;
   p.y = y.mutable_data_ptr();
-  if (!few && !p.bias && !p.residual && p.act == Act::kNone) return y;
+  if (!few && !p.residual && p.act == Act::kNone) return y;
   if (few) {
     p.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
     p.scales = scales.const_data_ptr(), p.scale_type = scales.scalar_type();
