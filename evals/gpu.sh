@@ -24,7 +24,10 @@ command_of() {
     check) "$python" tests/gpu/sanitize.py ;;
     tests) "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=5 ;;
     memcheck | racecheck | initcheck) checker "$1" ;;
-    bench) "$python" -m torch_pagedkv.cli bench --device cuda ${BENCH:-} --json "$out/kernels-cuda.json" ;;
+    bench)
+      "$python" -m torch_pagedkv.cli bench --device cuda ${BENCH:-} --json "$out/kernels-cuda.json" \
+        --plot "$out/kernels-cuda.html"
+      ;;
     accuracy) "$python" -m torch_pagedkv.evals.accuracy --device cuda --json "$out/accuracy-cuda.json" ;;
     speed) "$python" -m torch_pagedkv.evals.speed --device cuda --random llama3-8b --json "$out/speed-cuda.json" ;;
     compiled)

@@ -48,15 +48,8 @@ def cuda(call: Callable[[Any], Any], sets: Sequence[Any], seconds: float, graphe
                 call(a)
 
     how = "eager"
-    graph = torch.cuda.CUDAGraph()
-    if graphed:
-        try:
-            with torch.cuda.graph(graph):
-                run()
-            how, run = "graph", graph.replay
-        except RuntimeError:
-            torch.cuda.synchronize()
-
+    if graphed and (graph := captured(run)):
+        how, run = "graph", graph.replay
     run()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -69,6 +62,21 @@ def cuda(call: Callable[[Any], Any], sets: Sequence[Any], seconds: float, graphe
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / (rounds * len(sets)))
     return statistics.median(times), how
+
+
+def captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
+    """A CUDA graph of what `run` does on the current stream; None if it cannot be captured."""
+    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+        return graph
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own behind,
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # and random numbers unusable until one succeeds
+            torch.zeros(1, device="cuda")
+        return None
 
 
 def cpu(call: Callable[[Any], Any], sets: Sequence[Any], seconds: float) -> tuple[float, str]:

@@ -324,5 +324,8 @@ def test_timer_on_a_gpu() -> None:
     us, how = timing.cuda(lambda a: a.add_(1), x, 0.01)
     assert how == "graph" and 1 < us < 1000
     assert len({float(a[0]) for a in x[1:]}) == 1  # each in turn
+    stream = torch.cuda.current_stream()
     us, how = timing.cuda(lambda a: a.sum().item(), x, 0.001)  # cannot be captured
     assert how == "eager"
+    assert torch.cuda.current_stream() == stream and torch.rand(3, device="cuda").max() < 1  # nothing is left of it
+    assert timing.cuda(lambda a: a.normal_(), x, 0.001)[1] == "graph"
