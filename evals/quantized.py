@@ -202,7 +202,7 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     """The result as one table."""
     name = f"{result['model']}, {result['dtype']}"
     base = result["methods"][0]["perplexity"]
-    four = any(row["gap_closed"] is not None for row in result["methods"])
+    four = any(row["method"] == "int4" for row in result["methods"])
     rows = [["weights", "perplexity", "change", *["gap closed"] * four, "quantised in, s"]]
     for row in result["methods"]:
         closed = "-" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}%"
