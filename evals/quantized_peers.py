@@ -68,9 +68,8 @@ def quantize(model: Any, tokenizer: Any, title: str, ids: Tensor, group_size: in
 
 def _gptqmodel(model: Any, tokenizer: Any, method: str, ids: Tensor, group_size: int) -> None:
     """It wants a folder, and gives layers of its own: their weights, dequantised by its own code, go into the model."""
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-
-    settings = QuantizeConfig(bits=4, group_size=group_size, sym=False, desc_act="act-order" in method)
+    peer: Any = importlib.import_module("gptqmodel")
+    settings = peer.QuantizeConfig(bits=4, group_size=group_size, sym=False, desc_act="act-order" in method)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in ids.tolist()]
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
@@ -78,10 +77,12 @@ def _gptqmodel(model: Any, tokenizer: Any, method: str, ids: Tensor, group_size:
         try:
             model.save_pretrained("float")
             tokenizer.save_pretrained("float")
-            made = GPTQModel.load("float", settings, device=str(model.device))
+            made = peer.GPTQModel.load("float", settings, device=str(model.device))
             made.quantize(rows, batch_size=1)
             made.save("made")
-            made = GPTQModel.load("made", backend=BACKEND.GPTQ_TORCH, device=str(model.device), dtype=torch.float16)
+            made = peer.GPTQModel.load(
+                "made", backend=peer.BACKEND.GPTQ_TORCH, device=str(model.device), dtype=torch.float16
+            )
         finally:
             os.chdir(here)
         changed = 0
