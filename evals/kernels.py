@@ -11,7 +11,7 @@ rate     bytes that must be moved, or floating-point operations (the causal half
 error    largest difference from the float64 reference by its largest entry; for ops that move or pick, the share of
          entries that differ. A row whose error is above its bound is printed as WRONG and makes the exit code 1.
 peers    other kernels on the same inputs (PyTorch's, and those of other packages that are there), with their time by
-         ours ("2.0x": ours takes half as long).
+         ours ("2.0x": ours takes half as long), the fastest first.
 
 With --compare a row that takes longer than it did by more than measurements scatter is marked SLOWER, and named again
 at the end. --plot draws the rooflines of evals/roofline.py.
@@ -293,9 +293,15 @@ def measure(case: Case, env: Env, limit: dict[str, float], seconds: float, peers
         chosen = problem.peers if peers else {}
         row["peers"] = {name: beside(peer, sets, partial(timer, seconds=seconds)) for name, peer in chosen.items()}
     except (RuntimeError, NotImplementedError) as problem_of_ours:
-        row |= {"failed": str(problem_of_ours).splitlines()[0], "wrong": True}
+        row |= {"failed": brief(problem_of_ours), "wrong": True}
     row["took_s"] = round(time.perf_counter() - began, 3)
     return row
+
+
+def brief(problem: Exception) -> str:
+    """An error in a line."""
+    line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    return line if len(line) <= 160 else f"{line[:157]}..."
 
 
 def beside(peer: Callable[[Any], Any], sets: Sequence[Any], timer: Timer) -> dict[str, Any]:
@@ -308,7 +314,7 @@ def beside(peer: Callable[[Any], Any], sets: Sequence[Any], timer: Timer) -> dic
         us, how = timer(peer, sets)
         return {"us": us, "timed": how}
     except Exception as problem:  # theirs, of any kind: such as a number of heads that a backend does not take
-        return {"failed": (str(problem) or type(problem).__name__).splitlines()[0]}
+        return {"failed": brief(problem)}
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
@@ -333,7 +339,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     rate = f"{row['rate']:.{max(0, 2 - int(math.log10(max(row['rate'], 1e-9))))}f} {row['unit']}"
     error = f"{row['error']:.1e}" if row["error"] else "0"
     beside = []
-    for name, peer in row["peers"].items():
+    for name, peer in sorted(row["peers"].items(), key=lambda one: one[1].get("us", math.inf)):  # the fastest first
         mark = "*" if peer.get("timed") == "eager" else ""
         said = "failed" if "failed" in peer else f"{peer['us']:.1f}{mark} ({peer['us'] / row['us']:.1f}x)"
         beside.append(f"{name} {said}")
