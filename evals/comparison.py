@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,7 +84,7 @@ def difference(row: dict[str, Any]) -> tuple[float, float | None] | None:
 
 
 def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
-    """``all``: every metric; ``summary``: one a task."""
+    """``all``: every metric; ``summary``: one a task; ``differences``: variants against tasks."""
     clock = "tokens/s of CPU time" if all(run["clock"] == "cpu" for run in result["runs"]) else "tokens/s"
     header = ["task", "variant", "value", "difference", "p", clock, "", "KV B/token", "KV MiB", "peak MiB"]
     every, short = [header], [header]
@@ -104,7 +105,21 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
         every.append([*cells, *measured])
         if row["metric"] == primary(result, row["task"]):
             short.append([*cells, *measured])
-    return {"all": every, "summary": short}
+    return {"all": every, "summary": short, "differences": differences(result)}
+
+
+def differences(result: dict[str, Any]) -> render.Rows:
+    """A row for each variant: what it adds to the baseline's values, which stand in the first row. Of multiple choices
+    the log-probability of the right one, too, in which there is more to see."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}  # (task, metric) -> variant -> text
+    for row in rows(result):
+        if row["metric"] in (primary(result, row["task"]), "gold_logprob"):
+            found = difference_text(row)[0] or value_text(row["entry"])
+            cells.setdefault((row["task"], row["metric"]), {})[row["variant"]] = found
+    titles = [f"{task.removeprefix('offline_')}: {metric.partition(',')[0]}" for task, metric in cells]
+    names = {one["name"]: re.sub(r"\+calibration=[^+]*", ", calibrated", one["name"]) for one in result["variants"]}
+    header = [result["model"], *titles]
+    return [header, *([name, *(column.get(key, "-") for column in cells.values())] for key, name in names.items())]
 
 
 def value_text(entry: dict[str, Any]) -> str:

@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every method."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    peers = quantized_peers.version() if args.peers else None
+    peers = quantized_peers.versions() if args.peers else {}
     model, tokenizer = models.load(args.model, args.device, args.dtype)
     ids, texts = data(args, tokenizer)
     begin = calibration.first_tokens(tokenizer)
@@ -163,11 +163,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         measured(method, twin, round(seconds, 1))
         del twin
-    for title, peer in quantized_peers.METHODS.items() if args.peers else ():
+    for title, (package, _) in quantized_peers.METHODS.items():
+        if package not in peers:
+            continue
         twin = copy.deepcopy(model)
         began = time.perf_counter()
         try:
-            quantized_peers.quantize(twin, peer, given, args.group_size)
+            quantized_peers.quantize(twin, tokenizer, title, given, args.group_size)
         except Exception as error:  # theirs, whatever it is
             tqdm.write(f"{title}: failed: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
@@ -189,7 +191,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "text": args.text.name,
         "calibration": {"files": [file.name for file in args.calibration], "sequences": list(given.shape)},
         "options": {"order": args.order, "damping": args.damping, "correction": args.correction},
-        "peers": {"llm-compressor": peers} if args.peers else {},
+        "peers": peers,
         "machine": machine.describe(model.device, args.argv),
         "methods": rows,
         "failures": [],
@@ -199,7 +201,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     """The result as one table."""
     name = f"{result['model']}, {result['dtype']}"
-    rows = [["weights", "perplexity", "change", "gap closed", "quantised in, s"]]
+    base = result["methods"][0]["perplexity"]
+    four = any(row["method"] == "int4" for row in result["methods"])
+    rows = [["weights", "perplexity", "change", *["gap closed"] * four, "quantised in, s"]]
     for row in result["methods"]:
         closed = "-" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}%"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
@@ -207,11 +211,12 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
         if row["method"] != "float" and "8" not in row["method"]:
             title += f", groups of {result['group_size']}"
         if row.get("spared"):
-            title += f" ({100 * row['spared']:.0f}% weights only)"
+            title += f" ({100 * row['spared']:.0f}% of the weights: int8, without activations)"
         change = "-"
-        if "change" in row and row["method"] != "float":
-            change = f"{100 * row['change']:+.2f}% ± {100 * row['stderr']:.2f}%"
-        rows.append([f"{name}: {title}", f"{row['perplexity']:.2f}", change, closed, seconds])
+        if row["method"] != "float":
+            change = f"{100 * (row['perplexity'] / base - 1):+.2f}%"
+            change += f" ± {100 * row['stderr']:.2f}%" if "stderr" in row else ""
+        rows.append([f"{name}: {title}", f"{row['perplexity']:.2f}", change, *[closed] * four, seconds])
     return {"quantized": rows}
 
 
@@ -223,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
     add("--calibration", type=Path, required=True, nargs="+", metavar="FILE", help="to calibrate with")
     add("--separator", metavar="TEXT", help="between the documents of all these files")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    add("--peers", action="store_true", help="llm-compressor too (evals/quantized_peers.py says how)")
+    add("--peers", action="store_true", help="other quantisers too (evals/quantized_peers.py says how)")
     add("--group-size", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--window", type=positive, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--tokens", type=positive, default=8192, metavar="N", help="of the text (default: %(default)s)")

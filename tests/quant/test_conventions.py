@@ -6,14 +6,19 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import transformers as hf
 import writers
+from safetensors.torch import load_file
 
+import torch_pagedkv
 from torch_pagedkv.quant import loading
 from torch_pagedkv.quant.checkpoint import recipe
+from torch_pagedkv.quant.formats import FORMATS, FormatError, Scheme, check
+from torch_pagedkv.quant.packed import Int8Linear
 
 DOWN, UP = "mlp.down_proj", "mlp.up_proj"
 
@@ -105,7 +110,7 @@ def test_dynamic_exceptions_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dynamic": {"+:.*": {"bits": 8}}}, r"dynamic: '\+:\.\*' has bits=8, only 4"),
+        ({"dynamic": {"+:.*": {"bits": 3}}}, r"dynamic: '\+:\.\*': bits: got 3, needs 4 or 8"),
         ({"dynamic": {"mlp": {"format": "gptq_v2"}}}, "dynamic: 'mlp' has format='gptq_v2'"),
         ({"dynamic": {"mlp": {"adapter": {"name": "lora"}}}}, "dynamic: 'mlp' has adapter="),
         ({"dynamic": {"mlp": {"group_size": 0}}}, r"dynamic: 'mlp': group_size: got 0, needs -1 or an integer >= 1"),
@@ -194,7 +199,7 @@ def test_an_assignment_that_is_missing(tmp_path: Path) -> None:
 
 def test_layers_that_no_group_is_for(tmp_path: Path) -> None:
     writers.write_model(tmp_path, tiny.make("llama"), "pack-quantized", config=_groups((["re:.*mlp.*"], {})))
-    with pytest.raises(ValueError, match="k_proj: it is stored in 4 bits, and no group of the quantization_config"):
+    with pytest.raises(ValueError, match="k_proj: it is quantised, and no group of the quantization_config"):
         _load(tmp_path)
 
 
@@ -237,3 +242,106 @@ def test_experts_are_refused_by_name(family: str, tmp_path: Path) -> None:
     writers.rewrite(checkpoint, {f"{expert}.{leaf}": tensor for leaf, tensor in layer.items()})
     with pytest.raises(ValueError, match="experts of a mixture"):
         _load(tmp_path)
+
+
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def _octets(numbers: np.ndarray) -> torch.Tensor:
+    """[R, C] of 0..255 -> int32 [R, ceil(C / 4)], four neighbours of a row to a word, the first lowest."""
+    rows = []
+    for row in numbers.tolist():
+        row += [0] * (-len(row) % 4)
+        rows.append([sum(row[c + i] << 8 * i for i in range(4)) for c in range(0, len(row), 4)])
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)  # those above 2^31 wrap around
+
+
+def _eight(form: str, n: int, k: int, group: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The tensors of a symmetric 8-bit layer, and its weight."""
+    rng = np.random.default_rng(seed)
+    group = k if group == -1 else group
+    groups = -(-k // group)
+    q, scales = rng.integers(0, 256, (n, k)), torch.from_numpy(rng.uniform(0.2, 1.0, (groups, n)) * 1e-3).half()
+    dense = scales.double().numpy().T[:, np.arange(k) // group] * (q - 128.0)
+    if form == "pack-quantized":
+        shape = torch.tensor([n, k])
+        tensors = {"weight_packed": _octets(q), "weight_scale": scales.T.contiguous(), "weight_shape": shape}
+    else:
+        tensors = {
+            "qweight": _octets(q).T.contiguous(),
+            "qzeros": _octets(np.full((groups, n), 127 if form == "gptq" else 128)),
+            "scales": scales,
+            "g_idx": torch.arange(k).int() // group,
+        }
+    return tensors, torch.from_numpy(dense)
+
+
+def _write_eight(path: Path, form: str, group: int, mixed: bool) -> tuple[writers.Checkpoint, dict[str, torch.Tensor]]:
+    """A checkpoint of 8-bit layers; `mixed`: those of the MLP alone, the others have 4 bits."""
+    config = copy.deepcopy(writers.CONFIGS[form])
+    if form == "pack-quantized":
+        kind = {"group_size": group} if group != -1 else {"group_size": None, "strategy": "channel"}
+        eight = {"num_bits": 8, "symmetric": True} | kind
+        config = _groups(([r"re:.*\.mlp\."], eight), (["Linear"], {})) if mixed else _groups((["Linear"], eight))
+    elif mixed:
+        config["dynamic"] = {".*\\.mlp\\.": {"bits": 8, "group_size": group, "sym": True, "desc_act": False}}
+    else:
+        config |= {"bits": 8, "group_size": group, "sym": True, "desc_act": False}
+    checkpoint = writers.write_model(path, tiny.make("llama"), form, config=config)
+    change: dict[str, torch.Tensor | None] = {}
+    weights = {}
+    for seed, (name, layer) in enumerate(list(checkpoint.layers.items())):
+        if mixed and ".mlp." not in name:
+            continue
+        tensors, weights[name] = _eight(form, *layer.q.shape, group, seed)
+        del checkpoint.layers[name]
+        change |= {key: None for key in checkpoint.tensors if key.startswith(f"{name}.")}
+        change |= {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
+    checkpoint.tensors = {n: t for n, t in (checkpoint.tensors | change).items() if t is not None}
+    writers.rewrite(checkpoint, {})
+    return checkpoint, weights
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2", "pack-quantized"])
+@pytest.mark.parametrize(("group", "mixed"), [(32, False), (-1, False), (64, True)])
+def test_eight_bits(form: str, group: int, mixed: bool, tmp_path: Path) -> None:
+    """Symmetric layers of 8 bits, alone or beside such of 4: loaded, run and written again."""
+    checkpoint, weights = _write_eight(tmp_path / "a", form, group, mixed)
+    model = _load(tmp_path / "a")
+    _check(checkpoint, model)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    assert found.keys() == weights.keys() and len(found) == (6 if mixed else 14)
+    for name, weight in weights.items():
+        assert torch.equal(found[name].weight, weight.float()), name
+        with torch.no_grad():
+            checkpoint.dense.get_submodule(name).weight.copy_(weight)
+    ids = torch.arange(2, 26).view(2, 12)
+    with torch.no_grad():
+        got, want = (m(input_ids=ids, use_cache=False).logits for m in (model, checkpoint.dense))
+    assert float((got - want).norm() / want.norm()) < 1e-5
+    model.save_pretrained(tmp_path / "b")
+    again = load_file(tmp_path / "b" / "model.safetensors")
+    assert again.keys() == checkpoint.tensors.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in checkpoint.tensors.items())
+    torch_pagedkv.patch(model)
+    assert torch_pagedkv.report(model).replaced["int8_linear"] == len(weights)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "message"),
+    [
+        ("qzeros", torch.zeros(2, 16, dtype=torch.int32), "qzeros: some are not 128"),
+        ("g_idx", torch.arange(64).int() % 2, "g_idx: inputs are not in order of their groups, which only 4-bit"),
+        ("qweight", torch.zeros(8, 64, dtype=torch.int32), r"qweight: got \[8, 64\], needs \[16, 64\] for .* 8 bits"),
+    ],
+)
+def test_what_eight_bits_cannot_be(leaf: str, value: torch.Tensor, message: str, tmp_path: Path) -> None:
+    checkpoint, _ = _write_eight(tmp_path, "gptq", 32, False)
+    writers.rewrite(checkpoint, {f"model.layers.0.self_attn.q_proj.{leaf}": value})
+    with pytest.raises(ValueError, match=message):
+        _load(tmp_path)
+
+
+def test_groups_of_eight_bits() -> None:
+    with pytest.raises(FormatError, match="group_size: got 40, with 8 bits it needs a multiple of 32"):
+        check(FORMATS["gptq"], {}, 64, 64, Scheme(40, True, bits=8))

@@ -237,6 +237,29 @@ def test_what_costs_too_much_is_spared(form: str, monkeypatch: pytest.MonkeyPatc
     assert shares[0] == 0 < shares[1] < 1 == shares[2]
 
 
+@pytest.mark.gpu
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calibrated_on_cuda(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs are those that the CPU finds, some layers are spared, and the logits are near the float model's."""
+    ids = torch.arange(64 * 32).view(32, 64) * 7 % 89
+    model = tiny.make("llama", max_position_embeddings=64)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    totals = {device: _total_cost(copy.deepcopy(model).to(device, dtype), form, ids) for device in ("cpu", "cuda")}
+    assert totals["cuda"] == pytest.approx(totals["cpu"], rel=0.02 if dtype == torch.float32 else 0.2)
+    monkeypatch.setattr(eight, "BOUND", 0.5 * totals["cuda"])
+    model.to("cuda", dtype)
+    batch = {name: tensor.cuda() for name, tensor in tiny.batch().items()}
+    with torch.no_grad():
+        stock = model(**batch).logits.float()
+        torch_pagedkv.quantize(model, form, calibration=ids)
+        got = model(**batch).logits.float()
+    kinds = {type(module) for _, module in fixed_layers(model)}
+    assert kinds == {FORMS[form], Int8Linear}
+    assert 0 < float((got - stock).norm() / stock.norm()) < (0.03 if form == "int8" else 0.1)
+
+
 @pytest.mark.parametrize("inputs", [64, 72])
 def test_spared_weights(inputs: int) -> None:
     """To half a step of each group's, and whatever the range."""

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 import torch_pagedkv
+from torch_pagedkv.quant.fixed import fixed_layers
 from torch_pagedkv.quant.loading import int4_layers
 
 pytestmark = pytest.mark.slow
@@ -63,7 +64,7 @@ def _ours(method: str, path: Path, **options: Any) -> hf.PreTrainedModel:
 
 
 def _agree(ours: nn.Module, theirs: dict[str, Tensor]) -> None:
-    layers = dict(int4_layers(ours))
+    layers = dict(fixed_layers(ours))
     assert layers.keys() == theirs.keys() and len(layers) == 14
     for name, layer in layers.items():
         assert torch.equal(layer.weight, theirs[name]), name
@@ -170,13 +171,20 @@ def test_gptqmodel_reads_ours(method: str, tmp_path: Path, offline: None) -> Non
     assert float((got - want).norm() / want.norm()) < 5e-3
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("order", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["symmetric", "asymmetric", "symmetric, act-order", "asymmetric, act-order", "symmetric, 8 bits"]
+)
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
-def test_gptqmodel_is_read(symmetric: bool, order: bool, form: str, tmp_path: Path, offline: None) -> None:
+def test_gptqmodel_is_read(kind: str, form: str, tmp_path: Path, offline: None) -> None:
     gptqmodel = _gptqmodel()
     _save(_model(), tmp_path / "float")
-    settings = gptqmodel.QuantizeConfig(bits=4, group_size=32, sym=symmetric, desc_act=order, format=form)
+    settings = gptqmodel.QuantizeConfig(
+        bits=8 if "8 bits" in kind else 4,
+        group_size=32,
+        sym="asymmetric" not in kind,
+        desc_act="act-order" in kind,
+        format=form,
+    )
     made = gptqmodel.GPTQModel.load(str(tmp_path / "float"), settings, device="cpu", dtype=torch.float16)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in IDS]
     made.quantize(rows, batch_size=1)
@@ -190,16 +198,16 @@ def test_gptqmodel_is_read(symmetric: bool, order: bool, form: str, tmp_path: Pa
 # ---- compressed-tensors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True)])
 @pytest.mark.parametrize("strategy", ["group", "channel"])
-def test_compressed_tensors_both_ways(symmetric: bool, strategy: str, tmp_path: Path) -> None:
+def test_compressed_tensors_both_ways(bits: int, symmetric: bool, strategy: str, tmp_path: Path) -> None:
     """Packed by theirs, read and written again by ours, unpacked by theirs: the weights that theirs were of."""
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import PackedQuantizationCompressor as Packer
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
     kind = {"group_size": 32, "actorder": "weight"} if strategy == "group" else {}
-    args = QuantizationArgs(num_bits=4, type="int", symmetric=symmetric, strategy=strategy, **kind)
+    args = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy=strategy, **kind)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     model = _model()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ from torch_pagedkv.quant.fixed import fixed_layers
 
 pytest.importorskip("lm_eval")
 
-from torch_pagedkv.evals import lm_run, models, variants
+from torch_pagedkv.evals import comparison, lm_run, models, variants
 
 
 def test_each_variant_is_made_of_the_float_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +40,26 @@ def test_each_variant_is_made_of_the_float_model(monkeypatch: pytest.MonkeyPatch
         assert len(loaded) == loads, name
         assert {layer.bits for _, layer in fixed_layers(model)} == ({bits} if bits else set())
     holder.close()
+
+
+def test_table_of_differences() -> None:
+    """The baseline's values in the first row, below it what the variants add to them."""
+
+    def run(name: str, value: float, compared: dict[str, float] | None) -> dict[str, Any]:
+        entry = {"value": value, "stderr": 0.04, "aggregation": "mean", "higher_is_better": True}
+        found = {} if compared is None else {"offline_piqa": {"acc_norm": compared, "acc": compared}}
+        metrics = {"acc": entry, "acc_norm": entry}
+        return {"task": "piqa", "variant": name, "metrics": {"offline_piqa": metrics}, "comparison": found}
+
+    less = {"stderr": 0.01, "p": 0.04, "different": 3}
+    result = {
+        "model": "tiny",
+        "baseline": "paged",
+        "variants": [{"name": "paged"}, {"name": "awq+group_size=64+calibration=x.txt"}],
+        "runs": [run("paged", 0.7, None), run("awq+group_size=64+calibration=x.txt", 0.65, less)],
+    }
+    assert comparison.differences(result) == [
+        ["tiny", "piqa: acc_norm"],
+        ["paged", "0.7000 ± 0.0400"],
+        ["awq+group_size=64, calibrated", "-0.0500 ± 0.0100"],
+    ]

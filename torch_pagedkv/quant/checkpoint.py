@@ -15,6 +15,8 @@ from .formats import FORMATS, Format, Scheme
 
 logger = logging.getLogger("torch_pagedkv")
 
+#: of a number: 8 for symmetric weights only
+BITS = (4, 8)
 #: quantization methods that are loaded here -> the packages that transformers' own loader needs
 METHODS = {
     "awq": ("gptqmodel", "accelerate"),
@@ -37,7 +39,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a checkpoint's 4-bit layers are stored.
+    """How a checkpoint's quantised layers are stored.
 
     Attributes:
         form: of the tensors.
@@ -60,7 +62,7 @@ class Recipe:
             for targets, scheme in self.rules:
                 if any(_targets(target, layer) if exact else target == "Linear" for target in targets):
                     return scheme
-        raise ValueError("it is stored in 4 bits, and no group of the quantization_config is for it")
+        raise ValueError("it is quantised, and no group of the quantization_config is for it")
 
 
 def _targets(target: str, layer: str) -> bool:
@@ -80,7 +82,7 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         return _compressed(config)
     if method not in METHODS:
         raise ValueError(f"quant_method: got {method!r}, needs one of {', '.join(METHODS)}")
-    _need("bits", config.get("bits"), (4,))
+    bits = _need("bits", config.get("bits"), (4,) if method == "awq" else BITS)
     group_size = _group_size(config.get("group_size", 128), "group_size")
     stored = config.get("version") if method == "awq" else config.get("checkpoint_format")
     stored = str(getattr(stored, "value", stored) or config.get("format") or ("gemm" if method == "awq" else "gptq"))
@@ -95,7 +97,7 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         raise ValueError(
             "only GPTQ checkpoints packed in int32 words are loaded (not Marlin's layout, not other words)"
         )
-    scheme = Scheme(group_size, bool(config.get("sym", True)), bool(config.get("desc_act", False)))
+    scheme = Scheme(group_size, bool(config.get("sym", True)), bool(config.get("desc_act", False)), bits)
     return Recipe(FORMATS[stored.lower()], "GPTQ", (*_dynamic(config, scheme), (("Linear",), scheme)))
 
 
@@ -110,8 +112,7 @@ def _dynamic(config: Mapping[str, Any], scheme: Scheme) -> list[tuple[tuple[str,
         expression = _expression(pattern.removeprefix("-:").removeprefix("+:"), "dynamic")
         if pattern.startswith("-:"):
             continue
-        if settings.get("bits", 4) != 4:
-            raise ValueError(f"dynamic: {pattern!r} has bits={settings['bits']}, only 4 are supported")
+        bits = _need(f"dynamic: {pattern!r}: bits", settings.get("bits", scheme.bits), BITS)
         for name in _NOT_HERE:
             if settings.get(name) not in (None, config.get(name)):
                 raise ValueError(f"dynamic: {pattern!r} has {name}={settings[name]!r}, which is not supported")
@@ -119,6 +120,7 @@ def _dynamic(config: Mapping[str, Any], scheme: Scheme) -> list[tuple[tuple[str,
             _group_size(settings.get("group_size", scheme.group_size), f"dynamic: {pattern!r}: group_size"),
             bool(settings.get("sym", scheme.symmetric)),
             bool(settings.get("desc_act", scheme.act_order)),
+            bits,
         )
         rules.append((("re:" + expression,), own))
     return rules
@@ -153,14 +155,14 @@ def _compressed(config: Mapping[str, Any]) -> Recipe:
         where = f"config_groups.{name}"
         _need(f"{where}.format", group.get("format") or config.get("format"), ("pack-quantized",))
         weights = group.get("weights") or {}
-        _need(f"{where}.weights.num_bits", weights.get("num_bits"), (4,))
+        bits = _need(f"{where}.weights.num_bits", weights.get("num_bits"), BITS)
         _need(f"{where}.weights.type", weights.get("type", "int"), ("int",))
         _need(f"{where}.weights.strategy", weights.get("strategy") or "group", ("group", "channel", "tensor"))
         for other in ("input_activations", "output_activations"):
             _need(f"{where}.{other}", group.get(other), (None,))
         size = weights.get("group_size") if (weights.get("strategy") or "group") == "group" else -1
         size = _group_size(size, f"{where}.weights.group_size")
-        scheme = Scheme(size, bool(weights.get("symmetric", True)), weights.get("actorder") in ("group", True))
+        scheme = Scheme(size, bool(weights.get("symmetric", True)), weights.get("actorder") in ("group", True), bits)
         targets = tuple(group.get("targets") or ())
         for target in targets:
             _expression(target.removeprefix("re:") if target.startswith("re:") else "", f"{where}.targets")
@@ -170,10 +172,11 @@ def _compressed(config: Mapping[str, Any]) -> Recipe:
     return Recipe(FORMATS["pack-quantized"], "compressed-tensors", tuple(rules))
 
 
-def _need(name: str, value: object, choices: Sequence[object]) -> None:
+def _need(name: str, value: Any, choices: Sequence[object]) -> Any:
     if value not in choices:
         listed = " or ".join(map(repr, choices))
-        raise ValueError(f"{name}: got {value!r}, needs {listed}: only 4-bit weights of these kinds are loaded")
+        raise ValueError(f"{name}: got {value!r}, needs {listed}: only weights of these kinds are loaded")
+    return value
 
 
 def headers(files: Sequence[str]) -> dict[str, Tensor]:

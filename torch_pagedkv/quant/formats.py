@@ -1,4 +1,4 @@
-"""Checkpoint formats of 4-bit linear layers, each to and from one logical form, exactly.
+"""Checkpoint formats of 4-bit linear layers (and symmetric 8-bit ones), each to and from one logical form, exactly.
 
     AWQ (GEMM)        qweight [K, N/8], qzeros [G, N/8], scales [G, N]           word j of a row: columns 8 j + ORDER
     GPTQ, GPTQ v2     qweight [K/8, N], qzeros [G, N/8], scales [G, N], g_idx [K]  words run along the inputs
@@ -7,6 +7,9 @@
 N outputs, K inputs, G groups of inputs; a word is an int32 of eight nibbles, lowest first. Sizes that 8 does not divide
 are rounded up. GPTQ's first version stores zeros less one (modulo 16). compressed-tensors stores its signed numbers
 plus 8; without zero points they are symmetric around it.
+
+With 8 bits a word is four octets, and the middle is 128. Only such weights are read that are symmetric around it, in
+order of their groups: those that `ops.int8_linear` has a place for.
 
 Sources: the writers, AutoAWQ, AutoGPTQ, GPTQModel (`gptq_v2`) and compressed-tensors (`pack-quantized`).
 """
@@ -37,7 +40,8 @@ class FormatError(ValueError):
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A 4-bit weight [N, K] as numbers: w = scale * (q - zero), or scale * q + offset.
+    """A 4-bit weight [N, K] as numbers: w = scale * (q - zero), or scale * q + offset. (Or one of 8 bits, on its way
+    between a file and `Int8Linear`: q 0..255, zeros None for 128.)
 
     Attributes:
         q: uint8 [N, K], 0..15, inputs in the layer's order.
@@ -46,6 +50,7 @@ class Int4Weight:
         offsets: [G, N] in scales' dtype, in place of zeros; None: there are none.
         group_size: inputs in a group. The last group may be short.
         g_idx: int32 [K], the group of each input; None: input k is in group k // group_size.
+        bits: 4 or 8.
     """
 
     q: Tensor
@@ -54,6 +59,7 @@ class Int4Weight:
     offsets: Tensor | None
     group_size: int
     g_idx: Tensor | None = None
+    bits: int = 4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -161,17 +167,20 @@ def unpacked(
 # ------------------------------------------------------------------------------------------------ nibbles
 
 
-def _nibbles(words: Tensor, count: int) -> Tensor:
-    """int32 [rows, words] -> uint8 [rows, count], lowest nibble first."""
+def _nibbles(words: Tensor, count: int, bits: int = 4) -> Tensor:
+    """int32 [rows, words] -> uint8 [rows, count], lowest number first."""
     octets = words.contiguous().view(torch.uint8)
+    if bits == 8:
+        return octets[:, :count]
     return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)[:, :count]
 
 
-def _words(numbers: Tensor) -> Tensor:
-    """uint8 [rows, count] -> int32 [rows, ceil(count / 8)], lowest nibble first, zeros behind."""
-    short = -numbers.shape[1] % 8
+def _words(numbers: Tensor, bits: int = 4) -> Tensor:
+    """uint8 [rows, count] -> int32 [rows, ceil(count bits / 32)], lowest number first, zeros behind."""
+    short = -numbers.shape[1] % (32 // bits)
     padded = torch.nn.functional.pad(numbers, (0, short)) if short else numbers
-    return (padded[:, 0::2] | padded[:, 1::2] << 4).contiguous().view(torch.int32)
+    octets = padded if bits == 8 else padded[:, 0::2] | padded[:, 1::2] << 4
+    return octets.contiguous().view(torch.int32)
 
 
 def _by_eights(numbers: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -202,7 +211,7 @@ class Format:
         scales: the tensor of scales.
         zeros: the tensor of zero points.
         g_idx: the tensor that assigns inputs to groups, None: the format has no such thing.
-        shapes: (n, k, groups) -> tensor -> shape, of all tensors that a layer may have.
+        shapes: (n, k, groups, bits) -> tensor -> shape, of all tensors that a layer may have.
         transposed: scales are [N, G].
     """
 
@@ -211,25 +220,26 @@ class Format:
     scales: str
     zeros: str
     g_idx: str | None
-    shapes: Callable[[int, int, int], dict[str, tuple[int, ...]]]
-    unpack: Callable[[Tensors, int, int], tuple[Tensor, Tensor | None]]
+    shapes: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]
+    unpack: Callable[[Tensors, int, int, int], tuple[Tensor, Tensor | None]]
     pack: Callable[[Int4Weight], dict[str, Tensor]]
     transposed: bool = False
 
     @property
     def leaves(self) -> tuple[str, ...]:
         """Names of all tensors that a layer may have, without its bias."""
-        return tuple(self.shapes(8, 8, 1))
+        return tuple(self.shapes(8, 8, 1, 4))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return format_of, (self.name,)
 
 
-def _eighth(n: int) -> int:
-    return (n + 7) // 8
+def _count(n: int, bits: int) -> int:
+    """Words of n numbers."""
+    return -(-n * bits // 32)
 
 
-def _awq_unpack(t: Tensors, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+def _awq_unpack(t: Tensors, n: int, k: int, bits: int) -> tuple[Tensor, Tensor | None]:
     zeros = t.get("qzeros")
     return _awq_nibbles(t["qweight"], n).T.contiguous(), None if zeros is None else _awq_nibbles(zeros, n)
 
@@ -238,44 +248,67 @@ def _awq_pack(w: Int4Weight) -> dict[str, Tensor]:
     return {"qweight": _awq_words(w.q.T), "qzeros": _awq_words(_zeros_of(w)), "scales": w.scales}
 
 
-def _gptq_unpack(t: Tensors, n: int, k: int, less: int) -> tuple[Tensor, Tensor | None]:
+def _gptq_unpack(t: Tensors, n: int, k: int, bits: int, less: int) -> tuple[Tensor, Tensor | None]:
     zeros = t.get("qzeros")
-    return _nibbles(t["qweight"].T, k), None if zeros is None else (_nibbles(zeros, n) + less) & 15
+    most = (1 << bits) - 1
+    return _nibbles(t["qweight"].T, k, bits), None if zeros is None else (_nibbles(zeros, n, bits) + less) & most
 
 
 def _gptq_pack(w: Int4Weight, less: int) -> dict[str, Tensor]:
     return {
-        "qweight": _words(w.q).T,
-        "qzeros": _words((_zeros_of(w) - less) & 15),
+        "qweight": _words(w.q, w.bits).T,
+        "qzeros": _words((_zeros_of(w) - less) & ((1 << w.bits) - 1), w.bits),
         "scales": w.scales,
         "g_idx": w.groups.to(torch.int32),
     }
 
 
-def _compressed_unpack(t: Tensors, n: int, k: int) -> tuple[Tensor, Tensor | None]:
+def _compressed_unpack(t: Tensors, n: int, k: int, bits: int) -> tuple[Tensor, Tensor | None]:
     zeros = t.get("weight_zero_point")
     if zeros is not None:
         # packed along the outputs; an early writer left them as they were, signed
-        zeros = _nibbles(zeros.T, n) if zeros.dtype == torch.int32 else (zeros.T + 8).to(torch.uint8)
-    return _nibbles(t["weight_packed"], k), zeros
+        middle = 1 << (bits - 1)
+        packed = zeros.dtype == torch.int32
+        zeros = _nibbles(zeros.T, n, bits) if packed else (zeros.T.short() + middle).to(torch.uint8)
+    return _nibbles(t["weight_packed"], k, bits), zeros
 
 
 def _compressed_pack(w: Int4Weight) -> dict[str, Tensor]:
-    tensors = {"weight_packed": _words(w.q), "weight_scale": w.scales.T}
+    tensors = {"weight_packed": _words(w.q, w.bits), "weight_scale": w.scales.T}
     tensors["weight_shape"] = torch.tensor(w.q.shape)
     if w.zeros is not None:
-        tensors["weight_zero_point"] = _words(w.zeros).T
+        tensors["weight_zero_point"] = _words(w.zeros, w.bits).T
     if w.g_idx is not None:
         tensors["weight_g_idx"] = w.g_idx
     return tensors
 
 
 def _zeros_of(w: Int4Weight) -> Tensor:
-    return torch.full_like(w.scales, 8, dtype=torch.uint8) if w.zeros is None else w.zeros
+    return torch.full_like(w.scales, 1 << (w.bits - 1), dtype=torch.uint8) if w.zeros is None else w.zeros
 
 
-def _gptq_shapes(n: int, k: int, groups: int) -> dict[str, tuple[int, ...]]:
-    return {"qweight": (_eighth(k), n), "qzeros": (groups, _eighth(n)), "scales": (groups, n), "g_idx": (k,)}
+def _gptq_shapes(n: int, k: int, groups: int, bits: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "qweight": (_count(k, bits), n),
+        "qzeros": (groups, _count(n, bits)),
+        "scales": (groups, n),
+        "g_idx": (k,),
+    }
+
+
+def _awq_shapes(n: int, k: int, groups: int, bits: int) -> dict[str, tuple[int, ...]]:
+    words = _count(n, bits)
+    return {"qweight": (k, words), "qzeros": (groups, words), "scales": (groups, n)}
+
+
+def _compressed_shapes(n: int, k: int, groups: int, bits: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "weight_packed": (n, _count(k, bits)),
+        "weight_scale": (n, groups),
+        "weight_zero_point": (_count(n, bits), groups),
+        "weight_shape": (2,),
+        "weight_g_idx": (k,),
+    }
 
 
 def _gptq(name: str, less: int) -> Format:
@@ -286,23 +319,14 @@ def _gptq(name: str, less: int) -> Format:
         "qzeros",
         "g_idx",
         _gptq_shapes,
-        lambda t, n, k: _gptq_unpack(t, n, k, less),
+        lambda t, n, k, bits: _gptq_unpack(t, n, k, bits, less),
         lambda w: _gptq_pack(w, less),
     )
 
 
 #: every format by name
 FORMATS = {
-    "awq": Format(
-        "awq",
-        "qweight",
-        "scales",
-        "qzeros",
-        None,
-        lambda n, k, groups: {"qweight": (k, _eighth(n)), "qzeros": (groups, _eighth(n)), "scales": (groups, n)},
-        _awq_unpack,
-        _awq_pack,
-    ),
+    "awq": Format("awq", "qweight", "scales", "qzeros", None, _awq_shapes, _awq_unpack, _awq_pack),
     "gptq": _gptq("gptq", 1),
     "gptq_v2": _gptq("gptq_v2", 0),
     "pack-quantized": Format(
@@ -311,13 +335,7 @@ FORMATS = {
         "weight_scale",
         "weight_zero_point",
         "weight_g_idx",
-        lambda n, k, groups: {
-            "weight_packed": (n, _eighth(k)),
-            "weight_scale": (n, groups),
-            "weight_zero_point": (_eighth(n), groups),
-            "weight_shape": (2,),
-            "weight_g_idx": (k,),
-        },
+        _compressed_shapes,
         _compressed_unpack,
         _compressed_pack,
         transposed=True,
@@ -341,15 +359,17 @@ class Scheme:
         group_size: inputs in a group, -1: all of them.
         symmetric: True: zeros are 8 where none are stored. False: they have to be stored.
         act_order: True: the assignment of inputs to groups has to be stored.
+        bits: 4 or 8.
     """
 
     group_size: int
     symmetric: bool
     act_order: bool = False
+    bits: int = 4
 
 
 def check(form: Format, tensors: Tensors, n: int, k: int, scheme: Scheme) -> None:
-    """Refuses tensors (also on the meta device) that are no 4-bit [n, k] layer of the format.
+    """Refuses tensors (also on the meta device) that are no [n, k] layer of the format.
 
     Raises:
         FormatError: by the tensor's name.
@@ -358,7 +378,9 @@ def check(form: Format, tensors: Tensors, n: int, k: int, scheme: Scheme) -> Non
     if group_size < 1:
         raise FormatError(f"group_size: got {scheme.group_size}, needs -1 or an integer >= 1")
     groups = -(-k // group_size)
-    shapes = form.shapes(n, k, groups)
+    shapes = form.shapes(n, k, groups, scheme.bits)
+    if scheme.bits == 8 and group_size % RUN and group_size < k:
+        raise FormatError(f"group_size: got {group_size}, with 8 bits it needs a multiple of {RUN}")
     needed = [form.weight, form.scales]
     if not scheme.symmetric:
         needed.append(form.zeros)
@@ -378,10 +400,10 @@ def check(form: Format, tensors: Tensors, n: int, k: int, scheme: Scheme) -> Non
         elif name == "weight_zero_point" and tensor.dtype == torch.int8:
             want = (n, groups)
         elif tensor.dtype != torch.int32:
-            raise FormatError(f"{name}: got {tensor.dtype}, needs int32 words of eight 4-bit numbers")
+            raise FormatError(f"{name}: got {tensor.dtype}, needs int32 words of {scheme.bits}-bit numbers")
         if got == want or (name == form.scales and len(got) == 1 and form.transposed and groups == 1 and got[0] == 1):
             continue
-        layer = f"{n} outputs, {k} inputs, 4 bits and group_size {group_size}"
+        layer = f"{n} outputs, {k} inputs, {scheme.bits} bits and group_size {group_size}"
         raise FormatError(f"{name}: got {list(got)}, needs {list(want)} for {layer}")
 
 
@@ -408,18 +430,24 @@ def read(form: Format, tensors: Tensors, n: int, k: int, scheme: Scheme) -> Int4
         scales = scales.T
     if not bool(torch.isfinite(scales).all()):
         raise FormatError(f"{form.scales}: {int((~torch.isfinite(scales)).sum())} entries are NaN or infinite")
-    q, zeros = form.unpack(tensors, n, k)
-    if zeros is not None and bool((zeros > 15).any()):
+    q, zeros = form.unpack(tensors, n, k, scheme.bits)
+    if zeros is not None and scheme.bits == 4 and bool((zeros > 15).any()):
         raise FormatError(f"{form.zeros}: an entry is out of a 4-bit number's range")
-    if zeros is not None and bool((zeros == 8).all()):
+    if zeros is not None and bool((zeros == 1 << (scheme.bits - 1)).all()):
         zeros = None  # symmetric: the kernels have less to do
+    order = _assignment(form, tensors, k, group_size, scheme)
+    if scheme.bits == 8 and zeros is not None:
+        raise FormatError(f"{form.zeros}: some are not 128, which 8-bit weights are loaded with only (symmetric ones)")
+    if scheme.bits == 8 and order is not None:
+        raise FormatError(f"{form.g_idx}: inputs are not in order of their groups, which only 4-bit weights may be")
     return Int4Weight(
         q.contiguous(),
         scales.contiguous(),
         None if zeros is None else zeros.contiguous(),
         None,
         group_size,
-        _assignment(form, tensors, k, group_size, scheme),
+        order,
+        scheme.bits,
     )
 
 

@@ -1,7 +1,8 @@
 """AWQ, GPTQ and compressed-tensors checkpoints through transformers' `from_pretrained` and `save_pretrained`.
 
-The files' headers say which layers are stored in 4 bits, and are checked against the model and the configuration before
-a weight is read. Those layers take the checkpoint's tensors as they are, and become `Int4Linear` one after the other.
+The files' headers say which layers are quantised, and are checked against the model and the configuration before
+a weight is read. Those layers take the checkpoint's tensors as they are, and become `Int4Linear` (`Int8Linear`, if they
+are symmetric and of 8 bits) one after the other.
 Saving writes the same format again.
 """
 
@@ -23,8 +24,10 @@ from transformers.utils import logging as hf_logging
 from .. import __version__
 from . import formats, registry
 from .checkpoint import Recipe, headers, recipe
-from .formats import FORMATS, FormatError, Scheme
+from .fixed import FixedLinear, fixed_layers
+from .formats import FORMATS, FormatError, Int4Weight, Scheme
 from .linear import Int4Linear
+from .packed import Int8Linear, PackedWeight
 from .quantizer import FixedQuantizer
 from .registry import GPTQConfig
 
@@ -57,7 +60,7 @@ class _Pending(nn.Module):
 
 
 class Int4Quantizer(FixedQuantizer):
-    """Loads a checkpoint's 4-bit layers into `Int4Linear`, and saves them."""
+    """Loads a checkpoint's quantised layers, and saves them."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -70,7 +73,7 @@ class Int4Quantizer(FixedQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, dtype: Any = None, **kwargs: Any
     ) -> None:
         if not checkpoint_files:
-            raise ValueError("state_dict: a 4-bit checkpoint is loaded from its files, not from a state_dict")
+            raise ValueError("state_dict: a quantised checkpoint is loaded from its files, not from a state_dict")
         stored = _by_module(model, headers(checkpoint_files))
         linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
         form = self.recipe.form
@@ -96,16 +99,16 @@ class Int4Quantizer(FixedQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if getattr(model, "_tp_size", None):
             raise ValueError(
-                "tensor parallelism does not work with 4-bit checkpoints: load the model without a tp_plan"
+                "tensor parallelism does not work with quantised checkpoints: load the model without a tp_plan"
             )
         form = self.recipe.form
         pending = [(name, module) for name, module in model.named_modules() if isinstance(module, _Pending)]
-        for name, module in hf_logging.tqdm(pending, desc="Packing 4-bit weights"):
+        for name, module in hf_logging.tqdm(pending, desc="Packing weights"):
             tensors = {leaf: tensor for leaf, tensor in module._buffers.items() if tensor is not None}
             tensors.pop("bias", None)
             for leaf, tensor in tensors.items():
                 if tensor.is_meta:
-                    raise ValueError(f"{name}.{leaf}: offloaded by the device_map, which 4-bit layers cannot be")
+                    raise ValueError(f"{name}.{leaf}: offloaded by the device_map, which quantised layers cannot be")
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise ValueError(f"{name}.{leaf}: missing in the checkpoint")
             try:
@@ -114,7 +117,10 @@ class Int4Quantizer(FixedQuantizer):
                 raise ValueError(f"{name}: {error}") from None
             for leaf in tensors:
                 del module._buffers[leaf]
-            Int4Linear.adopt(module, weight, model.dtype, self.recipe.title)
+            if weight.bits == 8:
+                Int8Linear.adopt(module, _eight(weight), model.dtype, self.recipe.title)
+            else:
+                Int4Linear.adopt(module, weight, model.dtype, self.recipe.title)
         return model
 
     # ---- saving
@@ -123,12 +129,12 @@ class Int4Quantizer(FixedQuantizer):
         """The model's tensors in the checkpoint's format."""
         tensors: dict[str, Tensor] = dict(model.state_dict())
         form = self._form(model)
-        for name, module in int4_layers(model):
+        for name, module in fixed_layers(model):
             for buffer in module._buffers:
                 if buffer != "bias":
                     tensors.pop(f"{name}.{buffer}", None)
             try:
-                written = formats.write(form, module.logical(), self.schemes.get(name))
+                written = formats.write(form, _logical(module), self.schemes.get(name))
             except FormatError as error:
                 raise ValueError(f"{name}: {error}") from None
             tensors.update({f"{name}.{leaf}": tensor for leaf, tensor in written.items()})
@@ -136,6 +142,26 @@ class Int4Quantizer(FixedQuantizer):
 
     def _form(self, model: PreTrainedModel) -> formats.Format:
         return self.recipe.form
+
+
+def _eight(weight: Int4Weight) -> PackedWeight:
+    """For `Int8Linear`: numbers around 0."""
+    return Int8Linear.pack((weight.q.short() - 128).to(torch.int8), weight.scales, weight.group_size)
+
+
+def _logical(module: FixedLinear) -> Int4Weight:
+    """A layer's numbers as a checkpoint stores them.
+
+    Raises:
+        FormatError: it is of another kind.
+    """
+    if isinstance(module, Int4Linear):
+        return module.logical()
+    if not isinstance(module, Int8Linear):
+        raise FormatError(f"{type(module).__name__}: has no place in a checkpoint of this format")
+    packed, scales = module.packed, module.scales
+    q = Int8Linear.numbers((packed, torch.ones_like(scales)), module.run, module.in_features, torch.float32)
+    return Int4Weight((q + 128).to(torch.uint8), scales, None, None, module.group_size, bits=8)
 
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
@@ -180,10 +206,10 @@ def _refuse_strangers(model: PreTrainedModel, names: list[str]) -> None:
         return
     listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     if any("expert" in name for name in names):
-        why = "experts of a mixture, which this version of transformers stacks into one tensor, cannot be 4-bit yet"
+        why = "experts of a mixture, which this version of transformers stacks into one tensor, cannot be quantised yet"
     else:
         why = f"{type(model).__name__} has no linear layers of these names"
-    raise ValueError(f"{listed}: stored in 4 bits, but {why}")
+    raise ValueError(f"{listed}: stored quantised, but {why}")
 
 
 def _refuse_gaps(
@@ -219,7 +245,7 @@ def _wait(module: nn.Module, tensors: dict[str, Tensor], bias: Tensor | None, dt
 
 
 def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """A layer with 4-bit numbers of its own shares no weight with the embedding, whatever the configuration says."""
+    """A layer with numbers of its own shares no weight with the embedding, whatever the configuration says."""
     if model.all_tied_weights_keys.pop(f"{name}.weight", None) is not None and module is model.get_output_embeddings():
         model.config.tie_word_embeddings = False
 

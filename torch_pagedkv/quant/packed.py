@@ -86,6 +86,9 @@ class Int8Linear(PackedLinear):
     op = "int8_linear"
     bits = "8-bit"
 
+    packed: Tensor
+    scales: Tensor
+
     @classmethod
     def product(cls, x: Tensor, operands: Any, bias: Tensor | None, run: int, inputs: int) -> Tensor:
         packed, scales = operands

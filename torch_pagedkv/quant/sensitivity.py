@@ -64,13 +64,13 @@ def costs(
     seen: list[Tensor] = []
     hooks.append(model.get_input_embeddings().register_forward_hook(lambda *given: seen.append(given[2])))
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             for row in hf_logging.tqdm(ids, desc="Looking at what rounding costs"):
                 seen.clear()
                 logits = model(input_ids=row[None].to(model.device), use_cache=False).logits[0, :-1]
                 right = row[1:].to(logits.device)
                 loss = torch.nn.functional.cross_entropy(logits.float(), right, reduction="sum")
-                torch.autograd.grad(loss, seen[0])  # of parameters none is made
+                torch.autograd.grad(loss, seen[0], allow_unused=True)  # of parameters none is made
     finally:
         for hook in hooks:
             hook.remove()
