@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
+import operator
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -38,7 +40,7 @@ Runner = Callable[..., Any]
 
 _WARM = 2  # steps of a kind that run before one is recorded: by then every kernel is loaded
 _MOST = 16  # graphs of a model; each keeps the memory of its activations
-_SCALARS = (bool, int, float, str, type(None))
+_SCALARS = (bool, int, float, str, type(None))  # arguments that are part of a kind
 _PLAIN = (Tensor, nn.Parameter)
 _KNOWN = ("torch", "transformers", "torch_pagedkv")  # packages whose modules may be recorded
 _TENSORS = {"input_ids", "position_ids", "attention_mask"}
@@ -90,27 +92,33 @@ class Build:
     """How a model is built: what a recorded step has built in."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = list(model.modules())
-        self.modules, self.namespaces = modules, [vars(m) for m in modules]
+        self.modules = list(model.modules())
+        config = vars(model.config.get_text_config(decoder=True))  # the number of layers to run, for example
+        self.namespaces = [config, *map(vars, self.modules)]
         self.hooks: list[dict[Any, Any]] = [*layer.EVERYWHERE]
-        self.hooks += [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.children = [m._modules for m in modules]
-        self.stores = [store for m in modules for store in (m._parameters, m._buffers)]
-        self.config = vars(model.config.get_text_config(decoder=True))
-        self.before = self._look()
+        self.hooks += [hooks for m in self.modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._stores = [store for m in self.modules for store in (m._modules, m._parameters, m._buffers)]
+        self._before = [m.__class__ for m in self.modules], [*map(dict, self.namespaces)]
+        self._parts = self._all_parts()
+        self.tensors = [part for part in self._parts if isinstance(part, Tensor)]
+        self._addresses = [*map(_address, self.tensors)]
 
-    def _look(self) -> list[Any]:
-        return [
-            [m.__class__ for m in self.modules],
-            [(names.get("forward"), names["training"]) for names in self.namespaces],
-            [list(children.values()) for children in self.children],
-            [[_address(t) for t in store.values()] for store in self.stores],
-            [v for names in (self.config, *self.namespaces) for v in names.values() if type(v) in _SCALARS],
-        ]
+    def _all_parts(self) -> list[Any]:
+        """Children, parameters and buffers."""
+        return [*itertools.chain.from_iterable(store.values() for store in self._stores)]
 
     def is_intact(self) -> bool:
         """Whether it is built like that still."""
-        return self._look() == self.before
+        parts = self._all_parts()
+        try:
+            return (
+                len(parts) == len(self._parts)
+                and all(map(operator.is_, parts, self._parts))
+                and [*map(_address, self.tensors)] == self._addresses
+                and ([m.__class__ for m in self.modules], self.namespaces) == self._before
+            )
+        except (RuntimeError, TypeError, ValueError):  # attributes that cannot be compared are not the same ones
+            return False
 
     def is_hooked(self) -> bool:
         """Whether somebody looks on."""
@@ -118,23 +126,20 @@ class Build:
 
     def obstacle(self, root_forward: Any) -> str:
         """Why its steps cannot be recorded, or ""."""
-        for module, names in zip(self.modules, self.namespaces):
+        for module in self.modules:
             package = type(module).__module__.partition(".")[0]
             if package not in _KNOWN:
                 return f"{type(module).__name__} is a module of {package}"
-            forward = root_forward if module is self.modules[0] else names.get("forward")
+            forward = root_forward if module is self.modules[0] else vars(module).get("forward")
             owner = getattr(getattr(forward, "__func__", forward), "__module__", None) or ""
             if forward is not None and owner.partition(".")[0] != "torch_pagedkv":
                 return f"a forward of {owner or 'unknown origin'} is bound to a {type(module).__name__}"
-        for store in self.stores:
-            for tensor in store.values():
-                if tensor is not None and type(tensor) not in _PLAIN:
-                    return f"a parameter is a {type(tensor).__name__}"
-        return ""
+        odd = next((type(t).__name__ for t in self.tensors if type(t) not in _PLAIN), "")
+        return odd and f"a parameter is a {odd}"
 
 
-def _address(tensor: Tensor | None) -> int:
-    return tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor)  # type: ignore[union-attr]
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if type(tensor) in _PLAIN else id(tensor)
 
 
 @dataclass(eq=False)
@@ -272,10 +277,11 @@ class Graphs:
         given = {**inputs, **one.inputs, "attention_mask": None}  # a paged step needs no mask
         cache.is_recorded = True
         try:
-            output, one.replay = record(lambda: eager(model, (), given), one.step.seq_lens.device)
+            output, replay = record(lambda: eager(model, (), given), one.step.seq_lens.device)
         finally:
             cache.is_recorded = False
         one.form, one.logits, one.column = type(output), output.logits, cache.columns
+        one.replay = replay
 
     def _refuse(self, reason: str) -> None:
         self.refused = reason

@@ -79,11 +79,11 @@ def test_replayed_tokens_are_those_of_python(family: str, kv_cache_dtype: str | 
     options = {"kv_cache_dtype": kv_cache_dtype}
     model = torch_pagedkv.patch(tiny.make(family), **options)
     eager = torch_pagedkv.patch(tiny.make(family), cuda_graphs=False, **options)
-    for lengths in (*MIXED, *MIXED):
+    for least, lengths in (*((18, one) for one in MIXED), *((23, one) for one in MIXED)):
         inputs = tiny.batch(lengths)
         got, count = replays(model, lambda inputs=inputs: tiny.generate(model, inputs))
         assert torch.equal(got, tiny.generate(eager, inputs))
-        assert count >= 18
+        assert count >= least  # the second time it is all there
     assert not recorded(model).refused
     assert not recorded(eager).replays
 
@@ -149,7 +149,7 @@ def test_a_hook_is_called_each_time(pair: tuple[PreTrainedModel, PreTrainedModel
     assert replays(pair[1], lambda: tiny.generate(pair[1], inputs))[1] > 20
 
 
-@pytest.mark.parametrize("change", ["data", "parameter", "in place", "module", "forward", "scalar", "pool"])
+@pytest.mark.parametrize("change", ["data", "parameter", "in place", "module", "forward", "scalar", "tensor", "pool"])
 def test_a_change_is_followed(change: str) -> None:
     """What is built in at recording is looked at again; a kernel that reads changed numbers in place needs nothing."""
     models = [torch_pagedkv.patch(tiny.make("llama"), cuda_graphs=on, prefix_caching=False) for on in (True, False)]
@@ -171,13 +171,17 @@ def test_a_change_is_followed(change: str) -> None:
                 layer.mlp.forward = lambda x: torch.zeros_like(x)
             elif change == "scalar":
                 layer.self_attn.scaling *= 3
+            elif change == "tensor":  # two of them have no truth
+                for _ in range(2):
+                    layer.self_attn.scale_of_mine = torch.tensor([1.0, 2.0])
+                    tiny.generate(model, inputs)
             else:
                 tiny.generate(model, tiny.batch((400,) * 12))  # more than the pool has at first
         results.append(tiny.generate(model, inputs))
     assert torch.equal(*results)
-    if change != "pool":
+    if change not in ("pool", "tensor"):
         assert not torch.equal(results[0], tiny.generate(torch_pagedkv.patch(tiny.make("llama")), inputs))
-    else:
+    elif change == "pool":
         assert models[0].paged_cache.pool.moves
     assert recorded(models[0]).replays >= (18 if change == "forward" else 36)
 
