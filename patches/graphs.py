@@ -304,4 +304,13 @@ def _kind(model: PreTrainedModel, cache: PagedCache, inputs: dict[str, Any]) -> 
     masked = None if mask is None else mask.dim()
     placed = None if positions is None else (positions.shape, positions.dtype)
     modes = torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision()
-    return ids.dtype, placed, masked, cache.has_pads, *modes, *rest
+    return ids.dtype, placed, masked, cache.has_pads, _groups(model, cache), *modes, *rest
+
+
+def _groups(model: PreTrainedModel, cache: PagedCache) -> tuple[Any, ...] | None:
+    """What is built in of rows that begin with the same blocks, where they are attended to once."""
+    shared = getattr(cache, "shared", None)
+    if shared is None:
+        return None
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    return shared.group_start.shape[0], shared.max_group_len, shared.serves(window)
