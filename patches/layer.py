@@ -361,7 +361,7 @@ class Straight:
         return any(self.hooks) and any(watches(hook) for hooks in self.hooks for hook in hooks.values())
 
     def __call__(self, x: Tensor, position: tuple[Tensor, Tensor], cache: PagedCache) -> Tensor:
-        few = x.device.type == "cpu" and x.shape[0] * x.shape[1] <= linear.FEW_ROWS
+        few = linear.has_few_rows(x)
         y = self.attention(self.norm(x, few), few, position, cache)
         if self.attention_norm is not None:
             y = self.attention_norm(y, few)
