@@ -2,7 +2,8 @@
 
 Everything is bound to the one model given: no other model and no global state of transformers changes (two attention
 functions are added to its interface under names of our own; the wrapper that torch.compile makes learns `generate` for
-patched models). What is done is written to a `PatchLog`, which undoes it exactly.
+patched models, and its check for the end of generation to be put off for paged caches). What is done is written to a
+`PatchLog`, which undoes it exactly.
 """
 
 from __future__ import annotations

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from transformers import PreTrainedModel
 
 from ..config import PagedConfig
 from ..kv.cache import PagedCache
 from ..kv.manager import CacheManager
-from . import attention, compiled, linear, state, turns
+from . import attention, compiled, graphs, linear, state, stopping, turns
 from .log import PatchLog
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Driver:
     dtypes: tuple[torch.dtype, torch.dtype]  # of the parameters and of keys and values, when it was patched
     before: dict[str, Any]  # name -> what the instance had under it, or None: its class's
     weights: int | None = None  # fingerprint of the parameters behind the cached prefixes
+    recorded: graphs.Graphs = field(default_factory=graphs.Graphs)
     _local: threading.local = field(default_factory=threading.local)
 
     @property
@@ -183,6 +185,7 @@ def _prepare_cache_for_generation(
         elif given.columns:
             given.expect(None, given.batch_size, given.columns)
         given.trusted = True
+        given.defers_stop = bool(driver.calls) and stopping.defer(self, driver.calls[-1].explicit)
         if not _ids_decide(driver.calls[-1] if driver.calls else None, model_kwargs):
             given.stop_sharing()
     return result
@@ -273,6 +276,7 @@ def _start_cache(
     call.caches.append(cache)
     cache.start(ids if decided else None, mask, batch=batch, columns=columns, salt=salt, match=match, skip=skip)
     cache.trusted = True
+    cache.defers_stop = stopping.defer(model, call.explicit)
     model_kwargs["past_key_values"] = cache
 
 
@@ -362,11 +366,14 @@ def _arguments(self: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 @torch.compiler.disable
-def _plan_forward(self: PreTrainedModel, cache: PagedCache | None, inputs: dict[str, Any]) -> Callable[..., Any]:
+def _plan_forward(
+    self: PreTrainedModel, cache: PagedCache | None, inputs: dict[str, Any], is_compiled: bool
+) -> Callable[..., Any]:
     """Plans a forward pass on a paged cache, unless it is planned already, and gives the function that runs it."""
     region: compiled.Region = vars(self)["_pagedkv_region"]
     if cache is None:
-        compiled.note_lengths(None, inputs)
+        if is_compiled:
+            compiled.note_lengths(None, inputs)
         return region.function("no paged cache")
     ids = inputs.get("input_ids")
     first = ids if ids is not None else inputs.get("inputs_embeds")
@@ -378,9 +385,16 @@ def _plan_forward(self: PreTrainedModel, cache: PagedCache | None, inputs: dict[
         if not _direct_ids_decide(cache, inputs):
             cache.stop_sharing()
         _plan(self, cache, inputs, whole_ids=None, trusted=False)
-    compiled.note_lengths(cache, inputs)
     assert first is not None
-    return region.function("dense" if cache.dense else "decode" if first.shape[1] == 1 else "prefill")
+    run = region.function("dense" if cache.dense else "decode" if first.shape[1] == 1 else "prefill")
+    if is_compiled:
+        compiled.note_lengths(cache, inputs)
+    elif cache.decode_step is not None:
+        driver = driver_of(self)
+        call = driver.calls[-1] if driver.calls else None
+        if driver.config.cuda_graphs:
+            return driver.recorded.runner(self, cache, inputs, call, driver.before["forward"], run)
+    return run
 
 
 def _direct_ids_decide(cache: PagedCache, inputs: dict[str, Any]) -> bool:
@@ -397,12 +411,13 @@ def _forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():  # in a graph that begins further out: prepare_inputs_for_generation planned it
         return _run(self, args, kwargs)
     # No function but disabled ones is called here: torch.compile would take it for a region of its own.
+    is_compiled = get_eval_frame_callback() not in (None, False)
     inputs = _arguments(self, args, kwargs)
     cache = inputs.get("past_key_values")
     if not isinstance(cache, PagedCache):
-        return _plan_forward(self, None, inputs)(self, args, kwargs)
+        return _plan_forward(self, None, inputs, is_compiled)(self, args, kwargs)
     with cache.manager.lock:  # another thread's plan may grow the pool, which moves it under a forward pass
-        result = _plan_forward(self, cache, inputs)(self, args, kwargs)
+        result = _plan_forward(self, cache, inputs, is_compiled)(self, args, kwargs)
         cache.pending = False
     return result
 
@@ -451,6 +466,7 @@ def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: P
     log.set_attribute(model, "paged_cache", manager)
     log.set_attribute(model, "_pagedkv_region", compiled.Region(_run))
     compiled.let_wrappers_generate()
+    stopping.allow()
     for name, method in _METHODS.items():
         log.bind(model, name, _with_signature(method, type(model), name))
         if name in ("generate", "forward"):

@@ -302,7 +302,7 @@ class _GatedMLP:
 # ---- the layer -------------------------------------------------------------------------------------------------------
 
 #: hooks on all modules of the process
-_EVERYWHERE = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+EVERYWHERE = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
 class Straight:
@@ -346,7 +346,7 @@ class Straight:
             for m in self.inlined
             for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         ]
-        self.hooks += _EVERYWHERE
+        self.hooks += EVERYWHERE
 
     def is_intact(self) -> bool:
         """Whether the layer still consists of the modules that it was made from."""
@@ -358,10 +358,10 @@ class Straight:
 
     def is_hooked(self) -> bool:
         """Whether somebody would see the calls that are left out."""
-        return any(self.hooks) and any(_watches(hook) for hooks in self.hooks for hook in hooks.values())
+        return any(self.hooks) and any(watches(hook) for hooks in self.hooks for hook in hooks.values())
 
     def __call__(self, x: Tensor, position: tuple[Tensor, Tensor], cache: PagedCache) -> Tensor:
-        few = x.device.type == "cpu" and x.shape[0] * x.shape[1] <= linear.FEW_ROWS
+        few = linear.has_few_rows(x)
         y = self.attention(self.norm(x, few), few, position, cache)
         if self.attention_norm is not None:
             y = self.attention_norm(y, few)
@@ -383,7 +383,7 @@ class Straight:
         return x + y
 
 
-def _watches(hook: Any) -> bool:
+def watches(hook: Any) -> bool:
     """False for the hooks that transformers leaves behind when it once recorded outputs, while it does not."""
     idle = getattr(hook, "__qualname__", "").startswith("install_output_capuring_hook")
     return not idle or bool(output_capturing._active_collector.get())

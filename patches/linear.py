@@ -1,5 +1,4 @@
-"""Linear layers. On the CPU few rows (decoding) -> `linear`; on CUDA, and of 4-bit layers, projections of one input in
-one GEMM.
+"""Linear layers. Few rows (decoding) -> `linear`; on CUDA, and of 4-bit layers, projections of one input in one GEMM.
 
 The fused weight holds the rows of all of them, and each original parameter becomes a view of its part, so the model has
 one copy of its weights, `state_dict` and in-place loading work as before, and the modules still run on their own.
@@ -30,24 +29,32 @@ if TYPE_CHECKING:
     from ..config import PagedConfig
 
 
-#: up to how many rows `linear` runs. It was faster than F.linear up to 32 rows on a 2-core AVX-512 machine (bfloat16,
-#: SmolLM2's layers, one thread: 7.0 against 23.6 ms at 1 row, 14.8 against 24.5 at 8, 36 against 41 at 32).
-FEW_ROWS = 16
+#: up to how many rows `linear` runs. On the CPU it was faster than F.linear up to 32 rows on a 2-core AVX-512 machine
+#: (bfloat16, SmolLM2's layers, one thread: 7.0 against 23.6 ms at 1 row, 14.8 against 24.5 at 8, 36 against 41 at 32),
+#: on an H200 at one (Llama-3-8B's layers, bfloat16: 112.1 against 114.4 us; at 8 cuBLAS is 1 % faster).
+FEW_ROWS = {"cpu": 16, "cuda": 1}
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, by our op where it has few rows on the CPU and nobody asked for gradients or another dtype."""
-    few = x.device.type == "cpu" and _has_few_rows(x)
-    if few and x.dtype == weight.dtype and not match.wants_grad(x, weight) and not torch.is_autocast_enabled("cpu"):
+    """F.linear, by our op where it has few rows and nobody asked for gradients or another dtype."""
+    ours = has_few_rows(x) and x.dtype == weight.dtype and not match.wants_grad(x, weight)
+    if ours and not torch.is_autocast_enabled(x.device.type):
         return ops.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _has_few_rows(x: Tensor) -> bool:
+def has_few_rows(x: Tensor) -> bool:
+    """Whether `linear` is the faster one."""
+    most = _most_rows(x.device, x.dtype)
     if not torch.compiler.is_compiling() or (x.dim() == 3 and x.shape[1] == 1):
-        return x.numel() <= FEW_ROWS * x.shape[-1]
+        return x.numel() <= most * x.shape[-1]
     # a prompt's length that the graph leaves open shall not be split in two graphs
-    return statically_known_true(x.numel() <= FEW_ROWS * x.shape[-1])
+    return statically_known_true(x.numel() <= most * x.shape[-1])
+
+
+def _most_rows(device: torch.device, dtype: torch.dtype) -> int:
+    return 0 if device.type == "cuda" and dtype not in _HALVES else FEW_ROWS.get(device.type, 0)
 
 
 def wanted(config: PagedConfig, module: nn.Module) -> bool:
@@ -191,7 +198,7 @@ def refresh(model: nn.Module) -> None:
 
 
 def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
-    """Fuse q_proj, k_proj and v_proj of every attention module that has them; on the CPU bind `linear`."""
+    """Fuse q_proj, k_proj and v_proj of every attention module that has them; bind `linear` to the other layers."""
     if not config.fuse_linear:
         return
     names = ("q_proj", "k_proj", "v_proj")
@@ -209,6 +216,8 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
     found = [fused for _, module in match.modules_of(model) if (fused := _fused_of(module)) is not None]
     log.set_attribute(model, "_pagedkv_fused", [fused for fused in found if isinstance(fused, FusedInt4)])
     for name, module in match.modules_of(model):
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and not match.is_bound_elsewhere(module):
+        if type(module) is not nn.Linear or match.is_bound_elsewhere(module):
+            continue
+        if _most_rows(module.weight.device, module.weight.dtype):
             log.bind(module, "forward", few_rows_forward)
             log.runs(name, "linear", "linear")

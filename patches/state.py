@@ -34,16 +34,19 @@ def fingerprint(model: PreTrainedModel) -> int:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Some elements of a tensor, spread over it; none if it is more than a plain tensor, or neither dense in memory nor
-    a part of a matrix."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    """Some elements of a tensor, spread over it, without a copy; none if it is more than a plain tensor, or neither
+    dense in memory nor a part of a matrix."""
     count = tensor.numel()
-    if plain and count and tensor.dim() == 2 and tensor.stride(1) == 1 and not tensor.is_contiguous():
-        return tensor.detach()[:: -(-tensor.shape[0] // 4), :: -(-tensor.shape[1] // 2)].flatten()
-    if not plain or not count or not (tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous())):
-        return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    taken = min(count, _SAMPLES)
-    return tensor.detach().as_strided((taken,), (max(1, (count - 1) // max(1, taken - 1)),))
+    if type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and count:
+        if tensor.is_contiguous() or (tensor.dim() > 1 and tensor.mT.is_contiguous()):
+            taken = min(count, _SAMPLES)
+            return tensor.detach().as_strided((taken,), (max(1, (count - 1) // max(1, taken - 1)),))
+        if tensor.dim() == 2 and tensor.stride(1) == 1:  # down its diagonal
+            rows, columns = tensor.shape
+            taken = min(rows, _SAMPLES)
+            down, right = (n // max(1, taken - 1) for n in (rows - 1, columns - 1))
+            return tensor.detach().as_strided((taken,), (down * tensor.stride(0) + right,))
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
 
 def salted(model: PreTrainedModel, salt: Salt) -> Salt:

@@ -45,6 +45,8 @@ class PagedConfig:
             everywhere), projections of the same input (q, k, v; gate, up) in one matrix product.
         fuse_layers: decoder layers of the usual form as one function that calls the kernels behind each other, without
             the modules in between, unless somebody hooked them.
+        cuda_graphs: record decoding steps as CUDA graphs and replay them, where nothing in Python can make a difference
+            and the replayed numbers are the very same. Each batch size keeps the memory of one step's activations.
         weights: "int4" rounds the linear layers, but for the language head, to 4 bits with a scale and a zero for each
             output and group of inputs (round-to-nearest: no data needed). "awq", "gptq" and "awq+gptq" do it with
             calibration data: slower to make, as fast to run, much less is lost. "gguf" replaces them by those of
@@ -80,6 +82,7 @@ class PagedConfig:
     fuse_rotary: Fuse = "auto"
     fuse_linear: Fuse = "auto"
     fuse_layers: Fuse = "auto"
+    cuda_graphs: bool = True
     weights: Literal["int4", "awq", "gptq", "awq+gptq", "gguf", "int8", "fp8"] | None = None
     calibration: Any = None
     tokenizer: Any = None
@@ -111,7 +114,7 @@ class PagedConfig:
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
-        for name in ("prefix_caching", "attention", "quantize_head", "keep_original"):
+        for name in ("prefix_caching", "attention", "cuda_graphs", "quantize_head", "keep_original"):
             _one_of(name, getattr(self, name), (True, False))
         for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear", "fuse_layers"):
             _one_of(name, getattr(self, name), _FUSE)

@@ -24,7 +24,7 @@ def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> N
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17])
 def test_every_number_of_rows(device: str, dtype: torch.dtype, rows: int) -> None:
     new = Inputs(device)
-    for n, k in ((1, 1), (15, 576), (64, 192), (33, 31)):
+    for n, k in ((1, 1), (15, 576), (64, 192), (33, 31), (17, 72), (33, 8200)):
         weight, bias = new.normal(n, k, dtype=dtype), new.normal(n, dtype=dtype)
         check(new.normal(rows, k, dtype=dtype), weight, bias)
 

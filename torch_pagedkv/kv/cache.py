@@ -89,6 +89,8 @@ class PagedCache(Cache):
         self.dense = False  # of the planned step
         self.trusted = False  # masks beyond those expected are all ones: generate() appends them
         self.cacheable = True  # finished blocks may be found by others
+        self.defers_stop = False  # generate() may find out a step late that it is at its end
+        self.is_recorded = False  # the forward pass now is one that a graph will repeat
         self.step: PagedStep | None = None
         #: set by the rotary patch: a rotation that the next `update()` carries out in the same kernel as the write
         self.pending_rotary: Any = None
@@ -409,6 +411,16 @@ class PagedCache(Cache):
         """Whether the planned step is that of a forward pass over so many rows and columns."""
         return batch == len(self._seqs) and queries == self._queries
 
+    def has_room(self) -> bool:
+        """Whether another token for each row fits the pool as it is."""
+        manager = self.manager
+        with manager.lock:
+            if self.epoch != manager.epoch:
+                return False
+            blocks = manager.blocks
+            # a row takes one block at most: a new one, or a copy of its last
+            return blocks.num_available >= len(self._seqs) or blocks.can_append(self._requests)
+
     def restart(self) -> None:
         """Frees everything but the knowledge of pads: the same columns will be computed again."""
         mask = self._mask
@@ -667,6 +679,19 @@ class PagedCache(Cache):
         """Columns of the padded batch that are in the cache."""
         return self._base if self.pending else self._base + self._queries
 
+    @property
+    def decode_step(self) -> PagedStep | None:
+        """The planned step, if it is one token for each row, paged in all layers, in tensors that stay."""
+        rules = self.manager.rules
+        if not self._held or self.step is not self._held[0] or rules.real_masks or not self.takes_rotary:
+            return None
+        return self.step
+
+    @property
+    def has_pads(self) -> bool:
+        """Whether some column is not a token in some row."""
+        return self._mask is not None
+
     def open_sizes(self) -> list[tuple[Tensor, int]]:
         """Tensors of the planned step and those of their dimensions that the next step may have otherwise."""
         assert self.step is not None
@@ -684,8 +709,8 @@ class PagedCache(Cache):
         return f"PagedCache({len(self._seqs)} rows, {self.columns} columns)"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns in the cache, pads included; inside a compiled graph a tensor [], which does not grow with it."""
-        if torch.compiler.is_compiling() and self.pending and self.step is not None:
+        """Columns in the cache, pads included; inside a graph a tensor [], which does not grow with it."""
+        if (torch.compiler.is_compiling() or self.is_recorded) and self.pending and self.step is not None:
             return self.step.columns  # type: ignore[return-value]
         return self.columns
 

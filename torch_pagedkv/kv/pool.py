@@ -198,6 +198,7 @@ class KVPool:
         self.key_caches, self.value_caches = tensors[:layers], tensors[layers : 2 * layers]
         self.key_scales, self.value_scales = tensors[2 * layers : 3 * layers], tensors[3 * layers :]
         self.num_blocks = num_blocks
+        self.moves = 0  # how often `grow` replaced the tensors
 
     # ---- size --------------------------------------------------------------------------------------------------------
 
@@ -262,7 +263,7 @@ class KVPool:
             for i, replacement in zip(range(len(tensors)), replacements):
                 replacement[: self.num_blocks].copy_(tensors[i][: self.num_blocks])
                 tensors[i] = replacement
-        self.num_blocks = target
+        self.num_blocks, self.moves = target, self.moves + 1
         return target
 
     # ---- moving blocks -----------------------------------------------------------------------------------------------
