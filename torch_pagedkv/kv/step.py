@@ -40,6 +40,27 @@ class PagedStep:
 
 
 @dataclass(frozen=True)
+class SharedPrefixes:
+    """Groups of neighbouring rows that begin with the same blocks, for `paged_attention_cascade`.
+
+    Attributes:
+        group_start, group_len, prefix_lens: int32 [G] on the model's device.
+        max_group_len: the largest of group_len.
+        longest: tokens of the longest row when the groups were found.
+    """
+
+    group_start: Tensor
+    group_len: Tensor
+    prefix_lens: Tensor
+    max_group_len: int
+    longest: int
+
+    def serves(self, sliding_window: int | None) -> bool:
+        """Whether a layer with this window gains: the groups are of no use once a row is longer than it."""
+        return not sliding_window or sliding_window >= self.longest
+
+
+@dataclass(frozen=True)
 class DenseView:
     """Where the tokens of a padded batch of B rows lie in dense keys and values.
 
