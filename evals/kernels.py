@@ -46,7 +46,7 @@ MIB = 1 << 20
 ROTATED = {"cuda": 256 * MIB, "cpu": 64 * MIB}  # more than the last cache
 MAX_SETS = {"cuda": 400, "cpu": 32}
 FAMILIES = {  # section of the table -> its ops
-    "attention": ("paged_attention", "flash_attention", "merge_attention_states"),
+    "attention": ("paged_attention", "paged_attention_cascade", "flash_attention", "merge_attention_states"),
     "cache": ("reshape_and_cache", "gather_cache", "copy_blocks", "swap_blocks"),
     "norm": ("rms_norm", "add_rms_norm", "layer_norm"),
     "linear": ("linear",),
@@ -238,6 +238,65 @@ def paged(
         result,
         moved=env.kv_bytes(sum(lengths), model, kv) + 2 * batch * query * heads * d * env.size,
         flops=4.0 * pairs * heads * d if query > 1 else 0.0,
+        bound=env.rounding(2, 64),
+        peers=peers,
+    )
+
+
+def cascade(env: Env, model: Model, batch: int, shared: int, own: int) -> Problem:
+    """paged_attention_cascade: decoding where all sequences begin with the same `shared` tokens."""
+    heads, d = model.heads, model.head_dim
+    prefix, rest = shared // BLOCK, -(-own // BLOCK)
+    length = shared + own
+
+    def make() -> Inputs:
+        a = Inputs()
+        a.query = env.normal(batch, heads, d)
+        a.k, a.v, *_ = env.cache(prefix + batch * rest, model, "same")
+        order = torch.randperm(prefix + batch * rest)
+        tables = torch.cat([order[:prefix].expand(batch, -1), order[prefix:].view(batch, rest)], 1)
+        a.tables, a.lens = env.ints(tables), env.ints([length] * batch)
+        a.start, a.rows = env.ints(range(batch)), env.ints([1] * batch)
+        a.groups = [env.ints([x]) for x in (0, batch, shared)]
+        return a
+
+    def separate(a: Inputs) -> None:
+        """Each sequence's own copy of the prefix, as without sharing."""
+        blocks = a.tables.flatten().long()
+        a.own_k, a.own_v = a.k[blocks], a.v[blocks]
+        a.own_tables = torch.arange(len(blocks), dtype=torch.int32, device=env.device).view(batch, -1)
+
+    def plain(a: Inputs, k: Tensor, v: Tensor, tables: Tensor) -> Any:
+        return ops.paged_attention(a.query, k, v, tables, a.lens, a.start, a.rows, max_query_len=1)
+
+    def shared_blocks(a: Inputs) -> Any:
+        return plain(a, a.k, a.v, a.tables)
+
+    peers: dict[str, Callable[[Inputs], Any]] = {
+        "paged_attention, nothing shared": others.Peer(
+            lambda a: plain(a, a.own_k, a.own_v, a.own_tables), separate, shared_blocks
+        ),
+        "paged_attention": shared_blocks,
+    }
+    if env.device.type == "cuda" and env.size == 2:
+        peers |= others.cascade(heads, model.kv_heads, d, BLOCK, batch, shared, own, env.dtype)
+    checked = sorted({0, batch // 2, batch - 1})
+
+    def truth(a: Inputs) -> Tensors:
+        one = env.ints([0]), env.ints([1]), 1, d**-0.5
+        return [
+            reference("paged_attention", a.query[s : s + 1].double(), a.k, a.v, a.tables[s : s + 1], a.lens[:1], *one)[
+                0
+            ]
+            for s in checked
+        ]
+
+    return Problem(
+        make,
+        call=lambda a: ops.paged_attention_cascade(a.query, a.k, a.v, a.tables, a.lens, *a.groups, max_group_len=batch),
+        truth=truth,
+        result=lambda _, out: [out[s : s + 1] for s in checked],
+        moved=env.kv_bytes(shared + batch * own, model, "same") + 2 * batch * heads * d * env.size,
         bound=env.rounding(2, 64),
         peers=peers,
     )
@@ -845,6 +904,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
     ]),
     *[("paged_attention", m, paged, CPU, [{"batch": 1, "context": 1024}]) for m in (L2, QWEN, GEMMA)],
+    ("paged_attention_cascade", L3, cascade, GPU, [
+        {"batch": 64, "shared": 8192, "own": 256}, {"batch": 16, "shared": 4096, "own": 256},
+    ]),
+    ("paged_attention_cascade", SMOL, cascade, CPU, [{"batch": 8, "shared": 512, "own": 64}]),
     ("flash_attention", L3, flash, GPU, [{"batch": 1, "length": n} for n in (2048, 8192)]),
     ("flash_attention", SMOL, flash, BOTH, [{"batch": 4, "length": 256}]),
     ("merge_attention_states", L3, merge, BOTH, [{"tokens": n} for n in (32, 1024)]),

@@ -138,6 +138,45 @@ def attention(
     return found
 
 
+def cascade(
+    heads: int, kv_heads: int, head_dim: int, block: int, batch: int, shared: int, own: int, dtype: torch.dtype
+) -> dict[str, Peer]:
+    """For inputs with query, k, v, tables, lens, start and rows: decoding, `shared` tokens of all and `own` of each.
+    FlashInfer compiles its merge at the first use."""
+    if flashinfer() is None or head_dim != 128 or dtype != torch.bfloat16:
+        return {}
+    prefix, rest = shared // block, -(-own // block)
+
+    def prepare(a: Any) -> None:
+        a.cascade = flashinfer().MultiLevelCascadeAttentionWrapper(2, _workspace(), "NHD")
+        first = torch.tensor([0, batch], dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
+        pages = torch.tensor([0, prefix], dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32) * rest
+        ids = a.tables[0, :prefix].contiguous(), a.tables[:, prefix:].flatten()
+        last = (
+            torch.full((1,), block, dtype=torch.int32),
+            torch.full((batch,), (own - 1) % block + 1, dtype=torch.int32),
+        )
+        a.cascade.plan(
+            *([x.cuda() for x in each] for each in (first, pages, ids, last)),
+            heads,
+            kv_heads,
+            head_dim,
+            block,
+            sm_scale=head_dim**-0.5,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
+
+    def exact(a: Any) -> Tensor:
+        from torch_pagedkv import ops
+
+        out = ops.paged_attention(a.query, a.k, a.v, a.tables, a.lens, a.start, a.rows, max_query_len=1)
+        assert isinstance(out, Tensor)
+        return out
+
+    return {"FlashInfer, cascade": Peer(lambda a: a.cascade.run(a.query, (a.k, a.v)), prepare, exact)}
+
+
 #: vLLM's number of the type uint4 with a bias of 8
 UINT4B8 = 1125899907892224
 
