@@ -32,7 +32,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -492,12 +491,8 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
 
 def parser() -> argparse.ArgumentParser:
     """Declare the options."""
-    top = argparse.ArgumentParser(
-        prog="python -m torch_pagedkv.evals.accuracy", description=(__doc__ or "").splitlines()[0]
-    )
+    top = command.parser("accuracy", __doc__)
     add = top.add_argument
-    add("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, default="fp32", help="of tokens and kv; tokens may differ in other than fp32")
     add("--half", choices=("bf16", "fp16"), nargs="+", help="dtypes of logits (default: bf16, on cuda both)")
     add("--checks", choices=CHECKS, nargs="+", default=list(CHECKS), help="default: all")
@@ -507,9 +502,6 @@ def parser() -> argparse.ArgumentParser:
     add("--beam-tokens", type=positive, default=40, metavar="N", help="with beams (default: %(default)s)")
     add("--sequences", type=positive, default=8, metavar="N", help="of logits (default: %(default)s)")
     add("--steps", type=positive, default=64, metavar="N", help="decoded in logits (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
-    top.set_defaults(argv=None)
     return top
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_pagedkv.cli import positive
+
 from . import machine, models, render
 
 
@@ -42,6 +44,36 @@ def main(
     for line in result["failures"]:
         print(f"FAILED: {line}", file=sys.stderr)
     return int(bool(result["failures"]))
+
+
+def parser(name: str, doc: str | None, *, random: bool = False, threads: bool = True) -> argparse.ArgumentParser:
+    """What all that measure a model take: --model, --device, --json, with `threads` --threads N, and with `random`
+    --random SHAPE in place of --model.
+
+    Args:
+        name: of the module in `evals`; doc: its docstring.
+    """
+    top = argparse.ArgumentParser(
+        prog=f"python -m torch_pagedkv.evals.{name}", description=(doc or "").partition("\n")[0]
+    )
+    which = top.add_mutually_exclusive_group()
+    which.add_argument("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
+    if random:
+        help = "a model of this shape with random weights, made on the device"
+        which.add_argument("--random", choices=models.RANDOM, help=help)
+    top.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    if threads:
+        top.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    top.add_argument("--json", type=Path, metavar="FILE", help="write everything measured there too")
+    top.set_defaults(argv=None)
+    return top
+
+
+def load(args: argparse.Namespace, device: str, dtype: str) -> tuple[Any, Any]:
+    """The model that the arguments name and its tokenizer: None for one of random weights. Raises as `models.load`."""
+    if args.random:
+        return models.random_model(args.random, device, models.DTYPES[dtype]), None
+    return models.load(args.model, device, dtype)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,6 @@ import gc
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from torch_pagedkv.cli import positive
 from torch_pagedkv.patches import is_patched
 
 from . import command, demo, machine, models, prompts, render
-from .speed import RANDOM, Inputs, at_least_two, random_model
+from .speed import Inputs, at_least_two
 
 
 class FirstToken(BaseStreamer):
@@ -164,11 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "bf16")
     if args.threads:
         torch.set_num_threads(args.threads)
-    tokenizer = None
-    if args.random:
-        model = random_model(args.random, str(device), models.DTYPES[dtype])
-    else:
-        model, tokenizer = models.load(args.model, str(device), dtype)
+    model, tokenizer = command.load(args, str(device), dtype)
     inputs = Inputs(model, tokenizer, args.prompt_tokens)
     measured: list[dict[str, Any]] = []
     with prompts.endless(model):
@@ -240,25 +235,16 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
 
 def parser() -> argparse.ArgumentParser:
     """Declare the options."""
-    top = argparse.ArgumentParser(
-        prog="python -m torch_pagedkv.evals.compiled", description=(__doc__ or "").splitlines()[0]
-    )
+    top = command.parser("compiled", __doc__, random=True)
     add: Callable[..., Any] = top.add_argument
-    which = top.add_mutually_exclusive_group()
-    which.add_argument("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
-    which.add_argument("--random", choices=RANDOM, help="a model of this shape with random weights, made on the device")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, help="default: fp32 on cpu, bf16 on cuda")
     add("--batch", type=positive, default=1, metavar="N", help="default: %(default)s")
     add("--mode", default="default", help="torch.compile's, such as reduce-overhead (default: %(default)s)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     add("--rounds", type=positive, default=3, metavar="N", help="timed calls (default: %(default)s)")
     add("--new-tokens", type=at_least_two, default=64, metavar="N", help="default: %(default)s")
     add("--prompt-tokens", type=positive, default=128, metavar="N", help="longest random prompt (default: %(default)s)")
     add("--weights", choices=("int4",), help="two more ways, with the weights of the linear layers replaced")
     add("--group-size", type=positive, default=128, metavar="N", help="of --weights int4 (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
-    top.set_defaults(argv=None)
     return top
 
 

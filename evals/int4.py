@@ -147,11 +147,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ways: dict[str, Callable[[], Any]] = {}
 
     def ours(options: dict[str, Any] | None) -> Ours:
-        tokenizer = None
-        if args.random:
-            model = speed.random_model(args.random, device, models.DTYPES[args.dtype])
-        else:
-            model, tokenizer = models.load(args.model, device, args.dtype)
+        model, tokenizer = command.load(args, device, args.dtype)
         if not ids:
             ids.extend(prompt(args, model, tokenizer))
         return Ours(model, options)
@@ -232,25 +228,14 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
 
 def parser() -> argparse.ArgumentParser:
     """Declare the options."""
-    top = argparse.ArgumentParser(
-        prog="python -m torch_pagedkv.evals.int4", description=(__doc__ or "").splitlines()[0]
-    )
+    top = command.parser("int4", __doc__, random=True)
     add: Callable[..., Any] = top.add_argument
-    which = top.add_mutually_exclusive_group()
-    which.add_argument("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
-    which.add_argument(
-        "--random", choices=speed.RANDOM, help="a model of this shape with random weights, made on the device"
-    )
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, default="bf16", help="default: %(default)s")
     add("--ways", nargs="+", metavar="WAY", help="some of the table's rows (default: all)")
     add("--gguf", type=Path, metavar="FILE", help="for llama.cpp (default: the model's own, if it has one)")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
     add("--rounds", type=positive, default=5, metavar="N", help="turns of each way (default: %(default)s)")
     add("--new-tokens", type=speed.at_least_two, default=64, metavar="N", help="default: %(default)s")
     add("--prompt-tokens", type=positive, default=64, metavar="N", help="default: %(default)s")
-    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
-    top.set_defaults(argv=None)
     return top
 
 

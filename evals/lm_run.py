@@ -37,7 +37,7 @@ class Holder:
         if self.made is not None and wanted == self.variant:
             return self.made
         self._restore()
-        if self.model is None or self.variant is None or wanted.dtype != self.variant.dtype:
+        if self.model is None or self.variant is None or wanted.dtype != self.variant.dtype or self.is_quantised():
             self.model = None
             gc.collect()
             if torch.cuda.is_available():
@@ -53,6 +53,10 @@ class Holder:
             models.say(f"{wanted.name}: {counts['dense']} of {sum(counts.values())} attention calls fell back to dense")
         self.made = made, counts
         return self.made
+
+    def is_quantised(self) -> bool:
+        """True if the model does not come back from its variant: its weights were freed."""
+        return self.variant is not None and bool((self.variant.options or {}).get("weights"))
 
     def _restore(self) -> None:
         self.made = None

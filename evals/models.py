@@ -144,6 +144,40 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
     return model.to(device).eval(), tokenizer
 
 
+RANDOM: dict[str, dict[str, Any]] = {  # shapes of randomly initialised models
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,  # at the usual 0.02 all logits of so small a model are nearly equal
+    },
+    "llama3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+}
+
+
+def random_model(name: str, device: str, dtype: torch.dtype) -> Any:
+    """A Llama of one of the shapes `RANDOM`, its weights drawn on the device in the dtype."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**RANDOM[name], bos_token_id=None, eos_token_id=None)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 def encode(tokenizer: Any, prompts: Sequence[str], device: torch.device, system: str | None = None) -> Any:
     """Tokenise a batch, through the chat template where there is one; padded on the left."""
     if tokenizer.chat_template:

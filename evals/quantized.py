@@ -1,13 +1,16 @@
-"""What 4-bit weights cost: perplexity of a model as it is, rounded to nearest, and calibrated.
+"""What quantised weights cost: perplexity of a model as it is, and with weights of 4 and of 8 bits, rounded to nearest
+or calibrated.
 
     python -m torch_pagedkv.evals.quantized --model ... --text FILE --calibration FILE [FILE ...] [--json FILE]
 
-Each method quantises the float model anew, on the same calibration data, and the result runs on the 4-bit kernels.
-Given are the perplexity of the text, the share of the loss of rounding to nearest that is made up for,
+Each method quantises the float model anew, on the same calibration data, and the result runs on the kernels for it.
+Given are the perplexity of the text, its change with the standard error of the paired difference (token by token: far
+below the perplexity's own), the share of the loss of rounding to nearest that 4-bit methods make up for,
 
     gap closed    (RTN - method) / (RTN - float)
 
-and the seconds that quantising took. The text is cut in windows; each begins with the tokenizer's <bos>, if it has one,
+and the seconds that quantising took. "int8" and "fp8" round activations, too, and need no data; "+" behind them stands
+for the same with calibration data. The text is cut in windows; each begins with the tokenizer's <bos>, if it has one,
 and every token of the text is predicted once. With ``--separator`` files are sets of documents; evaluation and
 calibration may be of one file then: its first documents are the text, the others the calibration data.
 """
@@ -30,11 +33,24 @@ from tqdm import tqdm
 import torch_pagedkv
 from torch_pagedkv.cli import positive
 from torch_pagedkv.quant import calibrated, calibration
+from torch_pagedkv.quant.eight import EightLinear
+from torch_pagedkv.quant.fixed import fixed_layers
+from torch_pagedkv.quant.packed import Int8Linear
 
 from . import command, machine, models, quantized_peers, render
 
-METHODS = ("int4", *calibrated.METHODS)
-TITLES = {"float": "float", "int4": "RTN", "awq": "AWQ", "gptq": "GPTQ", "awq+gptq": "AWQ+GPTQ"}
+METHODS = ("int4", *calibrated.METHODS, "int8", "int8+", "fp8", "fp8+")
+TITLES = {
+    "float": "float",
+    "int4": "RTN",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "awq+gptq": "AWQ+GPTQ",
+    "int8": "int8, W8A8",
+    "int8+": "int8, W8A8, calibrated",
+    "fp8": "fp8, W8A8",
+    "fp8+": "fp8, W8A8, calibrated",
+}
 
 
 def documents(file: Path, separator: str | None) -> list[str]:
@@ -76,18 +92,36 @@ def data(args: argparse.Namespace, tokenizer: Any) -> tuple[Tensor, list[str]]:
 
 
 @torch.no_grad()
-def perplexity(model: Any, ids: Tensor, window: int, begin: list[int]) -> float:
-    """Of a text [tokens], in windows of `window` tokens, `begin` in front of each."""
-    total, count = 0.0, 0
+def losses(model: Any, ids: Tensor, window: int, begin: list[int]) -> Tensor:
+    """The negative log-likelihood of each token of a text [tokens] in float64, but for those without a token in front
+    of them: in windows of `window` tokens, `begin` in front of each."""
+    found = []
     for piece in tqdm(ids.split(window), desc="perplexity", leave=False, disable=None):
         given = torch.cat([torch.tensor(begin, dtype=torch.int64), piece])[:-1].to(model.device)
         logits = model(input_ids=given[None], use_cache=False).logits[0]
         wanted = piece.to(model.device)[-len(given) :]
         # a part at a time: float32 logits of a large vocabulary are large
         for some, right in zip(logits[-len(wanted) :].split(256), wanted.split(256)):
-            total += float(torch.nn.functional.cross_entropy(some.float(), right, reduction="sum"))
-        count += len(wanted)
-    return math.exp(total / count)
+            found.append(torch.nn.functional.cross_entropy(some.float(), right, reduction="none").double().cpu())
+    return torch.cat(found)
+
+
+def compared(found: Tensor, base: Tensor) -> dict[str, float]:
+    """The perplexity of losses, and how it differs from that of others of the same tokens: a share, and its standard
+    error."""
+    difference = found - base
+    change = math.exp(float(difference.mean()))
+    stderr = change * float(difference.std()) / math.sqrt(len(difference))
+    return {"perplexity": math.exp(float(found.mean())), "change": change - 1, "stderr": stderr}
+
+
+def spared(model: Any) -> float | None:
+    """The share of weights whose layers do not round activations, where others do (`eight.spared`)."""
+    sizes = dict.fromkeys((Int8Linear, EightLinear), 0)
+    for _, layer in fixed_layers(model):
+        for kind in sizes:
+            sizes[kind] += layer.in_features * layer.out_features * isinstance(layer, kind)
+    return sizes[Int8Linear] / sum(sizes.values()) if sizes[EightLinear] else None
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -104,27 +138,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         texts, tokenizer, vocabulary=len(tokenizer), samples=args.samples, length=length, longest=longest
     )
     rows: list[dict[str, Any]] = []
+    base: list[Tensor] = []
 
     def measured(method: str, quantised: Any, seconds: float | None) -> None:
-        rows.append(
-            {"method": method, "perplexity": perplexity(quantised, ids, args.window, begin), "seconds": seconds}
-        )
-        tqdm.write(f"{TITLES.get(method, method)}: {rows[-1]['perplexity']:.3f}", file=sys.stderr)
+        found = losses(quantised, ids, args.window, begin)
+        base.append(found)  # the first one counts
+        rows.append({"method": method, **compared(found, base[0]), "seconds": seconds, "spared": spared(quantised)})
+        row = rows[-1]
+        change = f"{100 * row['change']:+.2f} % ± {100 * row['stderr']:.2f}"
+        tqdm.write(f"{TITLES.get(method, method)}: {row['perplexity']:.3f}, {change}", file=sys.stderr)
 
     measured("float", model, None)
     for method in args.methods:
         twin = copy.deepcopy(model)
         began = time.perf_counter()
+        needs = method in calibrated.METHODS or method.endswith("8+")
+        settings: dict[str, Any] = {"calibration": given, "samples": len(given)} if needs else {}
+        if method in calibrated.METHODS:
+            settings |= {"order": args.order, "damping": args.damping, "correction": args.correction}
         try:
-            settings = {"order": args.order, "damping": args.damping, "correction": args.correction}
-            torch_pagedkv.quantize(
-                twin,
-                method,
-                calibration=None if method == "int4" else given,
-                group_size=args.group_size,
-                samples=len(given),
-                **settings,
-            )
+            torch_pagedkv.quantize(twin, method.replace("8+", "8"), group_size=args.group_size, **settings)
         except (TypeError, ValueError) as error:
             raise models.UserError(str(error)) from error
         seconds = time.perf_counter() - began
@@ -143,8 +176,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     by_method = {row["method"]: row["perplexity"] for row in rows}
     gap = by_method.get("int4", math.nan) - by_method["float"]
     for row in rows:
+        four = row["method"] not in ("float", "int4") and "8" not in row["method"]
         closed = (by_method["int4"] - row["perplexity"]) / gap if "int4" in by_method and gap > 0 else None
-        row["gap_closed"] = closed if row["method"] not in ("float", "int4") else None
+        row["gap_closed"] = closed if four else None
     return {
         "eval": "quantized",
         "model": command.model_name(args.model),
@@ -164,23 +198,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
     """The result as one table."""
-    name = f"{result['model']}, {result['dtype']}, groups of {result['group_size']}"
-    rows = [["4-bit weights", "perplexity", "gap closed", "quantised in, s"]]
+    name = f"{result['model']}, {result['dtype']}"
+    rows = [["weights", "perplexity", "change", "gap closed", "quantised in, s"]]
     for row in result["methods"]:
         closed = "-" if row["gap_closed"] is None else f"{100 * row['gap_closed']:.0f}%"
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
         title = TITLES.get(row["method"], row["method"])
-        rows.append([f"{name}: {title}", f"{row['perplexity']:.2f}", closed, seconds])
+        if row["method"] != "float" and "8" not in row["method"]:
+            title += f", groups of {result['group_size']}"
+        if row.get("spared"):
+            title += f" ({100 * row['spared']:.0f}% weights only)"
+        change = "-"
+        if "change" in row and row["method"] != "float":
+            change = f"{100 * row['change']:+.2f}% ± {100 * row['stderr']:.2f}%"
+        rows.append([f"{name}: {title}", f"{row['perplexity']:.2f}", change, closed, seconds])
     return {"quantized": rows}
 
 
 def parser() -> argparse.ArgumentParser:
     """Declare the options."""
-    top = argparse.ArgumentParser(
-        prog="python -m torch_pagedkv.evals.quantized", description=(__doc__ or "").splitlines()[0]
-    )
+    top = command.parser("quantized", __doc__)
     add: Callable[..., Any] = top.add_argument
-    add("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
     add("--text", type=Path, required=True, metavar="FILE", help="to evaluate")
     add("--calibration", type=Path, required=True, nargs="+", metavar="FILE", help="to calibrate with")
     add("--separator", metavar="TEXT", help="between the documents of all these files")
@@ -196,11 +234,7 @@ def parser() -> argparse.ArgumentParser:
     add("--order", choices=("static", "dynamic", "none"), default="static", help="of GPTQ (default: %(default)s)")
     add("--damping", type=float, default=0.01, metavar="X", help="of GPTQ (default: %(default)s)")
     add("--correction", type=float, default=0.5, metavar="X", help="0 .. 1 (default: %(default)s)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtype", choices=models.DTYPES, help="default: fp32 on cpu, bf16 on cuda")
-    add("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
-    top.set_defaults(argv=None)
     return top
 
 

@@ -20,7 +20,6 @@ import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,39 +33,6 @@ from . import command, demo, machine, models, prompts, render, trace
 
 SIDES = ("stock", "patched")
 FIRST = (64, 512)  # tokens of the prompts whose first token is timed
-
-RANDOM: dict[str, dict[str, Any]] = {  # shapes of randomly initialised models
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.3,  # at the usual 0.02 all logits of so small a model are nearly equal
-    },
-    "llama3-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-}
-
-
-def random_model(name: str, device: str, dtype: torch.dtype) -> Any:
-    """A Llama of one of the shapes `RANDOM`, its weights drawn on the device in the dtype."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(0)
-    config = LlamaConfig(**RANDOM[name], bos_token_id=None, eos_token_id=None)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 class Inputs:
@@ -207,11 +173,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     bar = tqdm(total=2 * args.rounds * len(grid), unit="turn", leave=False, disable=None)
     try:
         for dtype, group in itertools.groupby(grid, key=lambda case: case["dtype"]):
-            tokenizer = None
-            if args.random:
-                model = random_model(args.random, str(device), models.DTYPES[dtype])
-            else:
-                model, tokenizer = models.load(args.model, str(device), dtype)
+            model, tokenizer = command.load(args, str(device), dtype)
             inputs = Inputs(model, tokenizer, args.prompt_tokens)
             for case in group:
                 torch.set_num_threads(case["threads"])
@@ -291,22 +253,14 @@ def tables(result: dict[str, Any]) -> dict[str, render.Rows]:
 
 def parser() -> argparse.ArgumentParser:
     """Declare the options."""
-    top = argparse.ArgumentParser(
-        prog="python -m torch_pagedkv.evals.speed", description=(__doc__ or "").splitlines()[0]
-    )
+    top = command.parser("speed", __doc__, random=True, threads=False)
     add = top.add_argument
-    which = top.add_mutually_exclusive_group()
-    which.add_argument("--model", default="SmolLM2-135M-Instruct", help="name, folder or hub id (default: %(default)s)")
-    which.add_argument("--random", choices=RANDOM, help="a model of this shape with random weights, made on the device")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     add("--dtypes", choices=models.DTYPES, nargs="+", help="default: fp32 and bf16 on cpu, bf16 on cuda")
     add("--batches", type=positive, nargs="+", metavar="N", help="default: 1 and 8 on cpu, 1, 8 and 32 on cuda")
     add("--threads", type=positive, nargs="+", metavar="N", help="CPU threads (default: 1 and all)")
     add("--rounds", type=positive, default=5, metavar="N", help="turns of each side (default: %(default)s)")
     add("--new-tokens", type=at_least_two, default=64, metavar="N", help="default: %(default)s")
     add("--prompt-tokens", type=positive, default=128, metavar="N", help="longest random prompt (default: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything measured there too")
-    top.set_defaults(argv=None)
     return top
 
 

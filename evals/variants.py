@@ -1,6 +1,7 @@
 """Variants of a model by name: ``KIND``, ``KIND-DTYPE``, either with ``+OPTION=VALUE`` behind it.
 
-``stock``, ``kv-int8``, ``paged-bf16``, ``kv-fp8+block_size=32``; `KINDS` lists the kinds.
+``stock``, ``kv-int8``, ``paged-bf16``, ``kv-fp8+block_size=32``, ``awq+group_size=64+calibration=text.txt``; `KINDS`
+lists the kinds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "awq": {"weights": "awq"},
     "gptq": {"weights": "gptq"},
     "awq_gptq": {"weights": "awq+gptq"},
+    "int8": {"weights": "int8"},
+    "fp8": {"weights": "fp8"},
     "attention": {
         "fuse_norm": False,
         "fuse_mlp": False,

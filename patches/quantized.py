@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging as hf_logging
 
-from ..quant import calibration, eight, gguf
+from ..quant import calibration, eight, gguf, sensitivity
 from ..quant.held import Held, untie
+from ..quant.packed import Int8Linear
 from . import checks, match, weights
 from .checks import UnsupportedModelError
 from .log import PatchLog
@@ -84,16 +85,28 @@ def _eight(model: PreTrainedModel, config: PagedConfig, log: PatchLog) -> None:
         raise UnsupportedModelError(f"weights={form!r}: {type(model).__name__} has no linear layer to quantise")
     for device in {weights._matrix(module).device for _, module in found}:
         _examine(form, device)
-    seen = {} if config.calibration is None else _look(model, dict(found), config)
+    factors: dict[str, Tensor | None] = {}
+    spared: list[str] = []
+    if config.calibration is not None:
+        layers, ids = dict(found), _tokens(model, config)
+        for name, seen in _look(model, layers, ids).items():
+            factors[name] = eight.search(layer, weights._matrix(layers[name]), *seen)
+        cost = _costs(model, layers, layer, factors, ids)
+        sizes = {name: weights._matrix(module).numel() for name, module in found}
+        spared = sensitivity.too_costly(cost, sizes, eight.BOUND)
+        for name in spared:
+            kept[name] = f"int8 weights, its activations are not rounded: in {form} it would cost {cost[name]:.1e} nats"
 
     undo = log if config.keep_original else None
     keep = _keeper(undo)
     for name, module in hf_logging.tqdm(found, desc="Quantising to 8 bits"):
-        matrix = weights._matrix(module)
-        factor = eight.search(layer, matrix, *seen.pop(name)) if name in seen else None
-        weight = layer.pack(matrix, factor)
+        matrix, factor = weights._matrix(module), factors.get(name)
         keep(module)
-        layer.adopt(module, weight, matrix.dtype, f"{form}, smoothed" if factor is not None else form)
+        if name in spared:
+            Int8Linear.adopt(module, eight.spared(matrix), matrix.dtype, "int8")
+        else:
+            source = f"{form}, smoothed" if factor is not None else form
+            layer.adopt(module, layer.pack(matrix, factor), matrix.dtype, source)
     marks = undo or PatchLog()
     quantizer: Any = Held.of(form)
     quantizer.kept = kept
@@ -119,24 +132,47 @@ def _examine(form: str, device: torch.device) -> None:
 
 #: sequences of calibration data that are looked at, and rows of a layer's inputs that smoothing is tried on
 _SEQUENCES, _ROWS = 32, 128
+#: sequences, and tokens of them, that are run backwards
+_BACKWARD = 16, 256
 
 
-@torch.no_grad()
-def _look(
-    model: PreTrainedModel, layers: dict[str, nn.Module], config: PagedConfig
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> the largest magnitude of each of its inputs [K] over the calibration data, and some rows of them."""
+def _tokens(model: PreTrainedModel, config: PagedConfig) -> Tensor:
+    """The calibration data, [S, T]."""
     longest = checks.setting(checks.text_config(model), "max_position_embeddings")
     tokenizer = config.tokenizer
     if tokenizer is None and calibration.is_text(config.calibration):
         tokenizer = weights.tokenizer_of(model)
-    ids = calibration.tokens(
+    return calibration.tokens(
         config.calibration,
         tokenizer,
         vocabulary=checks.num_embeddings(model),
         samples=_SEQUENCES,
         longest=longest if isinstance(longest, int) else None,
     )
+
+
+def _costs(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Module],
+    layer: type[eight.EightLinear],
+    factors: dict[str, Tensor | None],
+    ids: Tensor,
+) -> dict[str, float]:
+    """What rounding each layer costs, in nats of a token."""
+    matrices = {name: weights._matrix(module) for name, module in layers.items()}
+
+    def change(name: str, x: Tensor) -> Tensor:
+        return eight.change(layer, matrices[name], factors.get(name), x)
+
+    rows, tokens = _BACKWARD
+    some = ids[torch.linspace(0, len(ids) - 1, min(rows, len(ids))).round().long(), :tokens]
+    with match.evaluating(model):
+        return sensitivity.costs(model, layers, change, some)
+
+
+@torch.no_grad()
+def _look(model: PreTrainedModel, layers: dict[str, nn.Module], ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer -> the largest magnitude of each of its inputs [K] over the calibration data, and some rows of them."""
     largest: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     each = max(2, -(-_ROWS // len(ids)))  # the first row of a sequence is not like the others

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+pytest.register_assert_rewrite("ops.packed_products", "fixed_linears")
+
 
 def pytest_configure() -> None:
     """One thread: the tensors are small, and where cores are shared OpenMP's barriers cost ten times what they give."""

@@ -38,7 +38,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """`models.load` gives a random model of two layers for every name."""
 
     def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-        return speed.random_model("tiny", device or "cpu", models.DTYPES[dtype or "fp32"]), Bytes()
+        return models.random_model("tiny", device or "cpu", models.DTYPES[dtype or "fp32"]), Bytes()
 
     monkeypatch.setattr(models, "load", load)
 
@@ -191,7 +191,7 @@ def test_speed_of_a_dense_fallback_is_no_pass(dense: None, capsys: pytest.Captur
 
 def test_trace() -> None:
     """One call a layer and forward pass; stock makes none."""
-    model = speed.random_model("tiny", "cpu", torch.float32)
+    model = models.random_model("tiny", "cpu", torch.float32)
     ids = torch.arange(10)[None]
     with trace.AttentionTrace() as calls:
         model(ids)
@@ -300,7 +300,7 @@ def test_prompts() -> None:
 
 
 def test_endless_is_undone() -> None:
-    model = speed.random_model("tiny", "cpu", torch.float32)
+    model = models.random_model("tiny", "cpu", torch.float32)
     model.generation_config.eos_token_id = 7
     with pytest.raises(KeyboardInterrupt), prompts.endless(model):
         assert model.generation_config.eos_token_id is None

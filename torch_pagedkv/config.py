@@ -56,9 +56,9 @@ class PagedConfig:
             later) round weights, a scale for each output, and on the fly activations, a scale for each token. None
             leaves them as they were loaded, also if that is in 4 bits.
         calibration: a list of texts, a path to a file of text, token ids (a tensor [S, T] or a list of lists), or None:
-            for "awq" and "gptq" passages of Wikipedia, downloaded in a Python package; for "int8" and "fp8", which
-            search SmoothQuant's scales in it, no smoothing. Never the text of an evaluation. (`torch_pagedkv.quantize`
-            has more options.)
+            for "awq" and "gptq" passages of Wikipedia, downloaded in a Python package. "int8" and "fp8" search
+            SmoothQuant's scales in it and spare the layers that would lose most; with None neither. Never the text of
+            an evaluation. (`torch_pagedkv.quantize` has more options.)
         tokenizer: for calibration text; None: the one that lies where the model came from.
         gguf_file: for weights="gguf", the path of a GGUF file of this model. Its Q4_0, Q4_1, Q5_0, Q8_0 and Q4_K layers
             are taken over; layers of other types, norms and embeddings stay the model's own. A file of another model is

@@ -103,7 +103,9 @@ def test_evaluation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(file.read_text())
     assert [row["method"] for row in result["methods"]] == ["float", *quantized.METHODS]
     assert all(row["perplexity"] > 1 for row in result["methods"]) and result["tokens"] == 600
-    assert len(quantized.tables(result)["quantized"]) == 6
+    assert len(quantized.tables(result)["quantized"]) == 2 + len(quantized.METHODS)
+    changes = {row["method"]: row["change"] for row in result["methods"]}
+    assert changes["float"] == 0 and all(0 < abs(change) < 0.05 for name, change in changes.items() if "8" in name)
     out = capsys.readouterr().out
     assert "AWQ+GPTQ" in out and "gap closed" in out
     del common[common.index("--separator") : common.index("--separator") + 2]

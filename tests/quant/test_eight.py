@@ -9,14 +9,16 @@ import logging
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
 import torch_pagedkv
 from torch_pagedkv import ops
-from torch_pagedkv.quant import eight
+from torch_pagedkv.quant import eight, sensitivity
 from torch_pagedkv.quant.eight import Fp8Linear, W8A8Linear
 from torch_pagedkv.quant.fixed import fixed_layers
+from torch_pagedkv.quant.packed import Int8Linear
 
 FORMS = {"int8": W8A8Linear, "fp8": Fp8Linear}
 forms = pytest.mark.parametrize("form", FORMS)
@@ -196,6 +198,56 @@ def test_calibration(form: str, tmp_path, caplog: pytest.LogCaptureFixture) -> N
         with pytest.raises(error, match=message):
             torch_pagedkv.patch(model, weights=form, calibration=bad, tokenizer=_Tokenizer())
         assert not fixed_layers(model)
+
+
+def _total_cost(model: nn.Module, form: str, ids: Tensor) -> float:
+    """Of all its layers."""
+    found: list[float] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sensitivity, "too_costly", lambda cost, *more: found.extend(cost.values()) or [])
+        torch_pagedkv.quantize(model, form, calibration=ids)
+    return sum(found)
+
+
+@forms
+def test_what_costs_too_much_is_spared(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to the bound, from none of the layers to all; the report says which, and all come back."""
+    ids = torch.arange(64 * 32).view(32, 64) * 7 % 89
+    shares = []
+    for bound in (1e9, None, 0.0):
+        model = tiny.make("gpt2", n_positions=64)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20)  # rounding does cost something
+        before, stock = copy.deepcopy(model.state_dict()), _logits(model)
+        if bound is None:
+            bound = 0.5 * _total_cost(copy.deepcopy(model), form, ids)
+        monkeypatch.setattr(eight, "BOUND", bound)
+        torch_pagedkv.patch(model, weights=form, calibration=ids, keep_original=True)
+        layers = dict(fixed_layers(model))
+        spared = {name for name, module in layers.items() if isinstance(module, Int8Linear)}
+        shares.append(len(spared) / len(layers))
+        report = torch_pagedkv.report(model)
+        assert {row.module for row in report.left_alone if "its activations are not rounded" in row.reason} == spared
+        assert report.replaced.get(FORMS[form].op, 0) == len(layers) - len(spared)
+        assert report.replaced.get("int8_linear", 0) == len(spared)
+        error = float((_logits(model) - stock).norm() / stock.norm())
+        assert error < (0.01 if bound == 0 else 0.2)
+        torch_pagedkv.unpatch(model)
+        assert all(torch.equal(after, before[name]) for name, after in model.state_dict().items())
+    assert shares[0] == 0 < shares[1] < 1 == shares[2]
+
+
+@pytest.mark.parametrize("inputs", [64, 72])
+def test_spared_weights(inputs: int) -> None:
+    """To half a step of each group's, and whatever the range."""
+    torch.manual_seed(0)
+    for size in (1.0, 1e-9, 1e9):
+        weight = torch.randn(48, inputs) * torch.rand(inputs) * size
+        weight[3] = 0
+        got = eight.spared(weight).dequantize(torch.float32)
+        groups = F.pad(weight, (0, -inputs % 32)).unflatten(1, (-1, 32)).abs().amax(-1) / 127
+        steps = groups.repeat_interleave(32, 1)[:, :inputs]
+        assert bool(((got - weight).abs() <= 0.5 * steps + 127 * 2**-11 * steps).all()) and not got[3].any()
 
 
 def test_options() -> None:

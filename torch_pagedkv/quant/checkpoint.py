@@ -60,7 +60,7 @@ class Recipe:
             for targets, scheme in self.rules:
                 if any(_targets(target, layer) if exact else target == "Linear" for target in targets):
                     return scheme
-        raise ValueError(f"{layer}: is stored in 4 bits, and no group of the quantization_config is for it")
+        raise ValueError("it is stored in 4 bits, and no group of the quantization_config is for it")
 
 
 def _targets(target: str, layer: str) -> bool:
@@ -81,9 +81,7 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
     if method not in METHODS:
         raise ValueError(f"quant_method: got {method!r}, needs one of {', '.join(METHODS)}")
     _need("bits", config.get("bits"), (4,))
-    group_size = config.get("group_size", 128)
-    if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-        raise ValueError(f"group_size: got {group_size!r}, needs -1 or an integer >= 1")
+    group_size = _group_size(config.get("group_size", 128), "group_size")
     stored = config.get("version") if method == "awq" else config.get("checkpoint_format")
     stored = str(getattr(stored, "value", stored) or config.get("format") or ("gemm" if method == "awq" else "gptq"))
     if method == "awq":
@@ -91,6 +89,8 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
         scheme = Scheme(group_size, symmetric=not config.get("zero_point", True))
         return Recipe(FORMATS["awq"], "AWQ", ((("Linear",), scheme),))
     _need("checkpoint_format", stored.lower(), ("gptq", "gptq_v2"))
+    if config.get("adapter"):
+        raise ValueError(f"adapter: got {config['adapter']!r}, needs none: what it adds to the layers would be missing")
     if config.get("is_marlin_format") or config.get("pack_dtype") not in (None, "int32"):
         raise ValueError(
             "only GPTQ checkpoints packed in int32 words are loaded (not Marlin's layout, not other words)"
@@ -99,21 +99,43 @@ def recipe(config: Mapping[str, Any]) -> Recipe:
     return Recipe(FORMATS[stored.lower()], "GPTQ", (*_dynamic(config, scheme), (("Linear",), scheme)))
 
 
+#: of GPTQModel's exceptions: what would be another layout, or more than a weight
+_NOT_HERE = ("format", "checkpoint_format", "method", "quant_method", "pack_dtype", "adapter")
+
+
 def _dynamic(config: Mapping[str, Any], scheme: Scheme) -> list[tuple[tuple[str, ...], Scheme]]:
     """GPTQModel's exceptions: a regular expression on layers ("-:" in front: not quantised) -> other settings."""
     rules: list[tuple[tuple[str, ...], Scheme]] = []
     for pattern, settings in (config.get("dynamic") or {}).items():
+        expression = _expression(pattern.removeprefix("-:").removeprefix("+:"), "dynamic")
         if pattern.startswith("-:"):
             continue
         if settings.get("bits", 4) != 4:
-            raise ValueError(f"dynamic: {pattern!r} has {settings['bits']} bits, only 4 are supported")
+            raise ValueError(f"dynamic: {pattern!r} has bits={settings['bits']}, only 4 are supported")
+        for name in _NOT_HERE:
+            if settings.get(name) not in (None, config.get(name)):
+                raise ValueError(f"dynamic: {pattern!r} has {name}={settings[name]!r}, which is not supported")
         own = Scheme(
-            settings.get("group_size", scheme.group_size),
-            settings.get("sym", scheme.symmetric),
-            settings.get("desc_act", scheme.act_order),
+            _group_size(settings.get("group_size", scheme.group_size), f"dynamic: {pattern!r}: group_size"),
+            bool(settings.get("sym", scheme.symmetric)),
+            bool(settings.get("desc_act", scheme.act_order)),
         )
-        rules.append((("re:" + pattern.removeprefix("+:"),), own))
+        rules.append((("re:" + expression,), own))
     return rules
+
+
+def _expression(pattern: str, name: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+def _group_size(value: Any, name: str) -> int:
+    if not isinstance(value, int) or (value < 1 and value != -1):
+        raise ValueError(f"{name}: got {value!r}, needs -1 or an integer >= 1")
+    return value
 
 
 def _compressed(config: Mapping[str, Any]) -> Recipe:
@@ -137,10 +159,12 @@ def _compressed(config: Mapping[str, Any]) -> Recipe:
         for other in ("input_activations", "output_activations"):
             _need(f"{where}.{other}", group.get(other), (None,))
         size = weights.get("group_size") if (weights.get("strategy") or "group") == "group" else -1
-        if not isinstance(size, int) or (size < 1 and size != -1):
-            raise ValueError(f"{where}.weights.group_size: got {size!r}, needs -1 or an integer >= 1")
+        size = _group_size(size, f"{where}.weights.group_size")
         scheme = Scheme(size, bool(weights.get("symmetric", True)), weights.get("actorder") in ("group", True))
-        rules.append((tuple(group.get("targets") or ()), scheme))
+        targets = tuple(group.get("targets") or ())
+        for target in targets:
+            _expression(target.removeprefix("re:") if target.startswith("re:") else "", f"{where}.targets")
+        rules.append((targets, scheme))
     if not rules:
         raise ValueError("config_groups: got none, needs the layers that are quantised")
     return Recipe(FORMATS["pack-quantized"], "compressed-tensors", tuple(rules))

@@ -20,6 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from .. import __version__
 from . import formats, registry
 from .checkpoint import Recipe, headers, recipe
 from .formats import FORMATS, FormatError, Scheme
@@ -223,6 +224,11 @@ def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
         model.config.tie_word_embeddings = False
 
 
+#: Who wrote a GPTQ checkpoint, and as whom: of the first format with zeros other than 8 GPTQModel reads only what names
+#: a version of its own from which on zeros are right. (AutoGPTQ had stored a zero of 0 as 15.)
+_WRITERS = [f"torch_pagedkv:{__version__}", "gptqmodel:0.9.0"]
+
+
 class Rounded(Int4Quantizer):
     """Of a model that was quantised here. As GPTQ it is saved in the first format, which every reader knows, unless a
     zero is 0: that one it stores as -1, which some readers take for 0 and others for 16. The second format has no such
@@ -239,7 +245,11 @@ class Rounded(Int4Quantizer):
         """
         if awq:
             return cls(AwqConfig(bits=4, group_size=group_size, zero_point=True))
-        return cls(GPTQConfig(4, group_size=group_size, sym=False, desc_act=act_order, lm_head=lm_head))
+        return cls(
+            GPTQConfig(
+                4, group_size=group_size, sym=False, desc_act=act_order, lm_head=lm_head, meta={"quantizer": _WRITERS}
+            )
+        )
 
     def _form(self, model: PreTrainedModel) -> formats.Format:
         configs = (self.quantization_config, model.config.quantization_config)  # a patched model has a copy

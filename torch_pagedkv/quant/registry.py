@@ -73,7 +73,7 @@ class GPTQConfig(_GPTQConfig):  # of the same name: transformers compares it wit
     def __init__(self, bits: int, modules_in_block_to_quantize: Any = None, **kwargs: Any) -> None:
         super().__init__(bits, **kwargs)
         self.modules_in_block_to_quantize = modules_in_block_to_quantize
-        for name in ("dynamic", "lm_head", "pack_dtype", "is_marlin_format"):
+        for name in ("dynamic", "lm_head", "pack_dtype", "is_marlin_format", "adapter"):
             if name in kwargs:
                 setattr(self, name, kwargs[name])
 
