@@ -318,15 +318,20 @@ class PagedCache(Cache):
 
     def _find_shared(self) -> SharedPrefixes | None:
         """Groups of rows whose common prefix is worth attending to once, as long as their tables stay."""
-        manager = self.manager
-        groups = manager.shareable(self._seqs, self._tokens)
-        if not groups:
+        manager, groups = self.manager, self._held[0].groups
+        assert groups is not None
+        if not manager.can_share_reads:
             return None
-        counts = [group.count for group in groups]
-        lens = [group.blocks * manager.block_size for group in groups]
-        arrays = self._to_device([[group.start for group in groups], counts, lens], torch.int32)
+        groups.zero_()
+        found = manager.shareable(self._seqs, self._tokens)
+        if not found:
+            return None
+        rows = [group.count for group in found]
+        tokens = [group.blocks * manager.block_size for group in found]
+        groups = groups[:, : len(found)]
+        groups.copy_(self._to_device([[group.start for group in found], rows, tokens], torch.int32))
         manager.shared_steps += 1
-        return SharedPrefixes(arrays[0], arrays[1], arrays[2], max(counts), max(self._tokens))
+        return SharedPrefixes(groups[0], groups[1], groups[2], max(rows), max(self._tokens))
 
     def _look(self) -> None:
         """Finds out where the dense keys and values of the planned step lie, if a layer needs them."""

@@ -202,8 +202,6 @@ class CacheManager:
 
     def shareable(self, seqs: Sequence[SequenceBlocks], tokens: Sequence[int]) -> list[Group]:
         """Groups of neighbouring rows, of so many tokens, whose common prefix is worth attending to once."""
-        if not self.can_share_reads:
-            return []
         least = enough = 1
         if self.config.cascade == "auto":
             least, enough = _WORTH_SHARING["cpu" if self.device.type == "cpu" else "cuda"]
