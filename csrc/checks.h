@@ -214,6 +214,22 @@ inline void check_paged_attention(const char* op, const Tensor& q, const Tensor&
   check_device(op, "key_cache", k, "query", q);
 }
 
+inline void check_paged_attention_cascade(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tables,
+                                          const Tensor& seq_lens, const Tensor& group_start, const Tensor& group_len,
+                                          const Tensor& prefix_lens, int64_t max_group_len, const OptTensor& alibi,
+                                          int64_t window, double softcap, const OptTensor& sinks,
+                                          const OptTensor& k_scale, const OptTensor& v_scale) {
+  const char* op = "paged_attention_cascade";
+  check_paged_attention(op, q, k, v, tables, seq_lens, seq_lens, seq_lens, 1, alibi, window, softcap, sinks, k_scale,
+                        v_scale);
+  PAGEDKV_CHECK(q.size(0) == tables.size(0), op, "query", q.size(0) << " rows", "one for each sequence, ",
+                tables.size(0));
+  check_vector(op, "group_start", group_start, -1, ScalarType::Int, "query", q);
+  check_vector(op, "group_len", group_len, group_start.size(0), ScalarType::Int, "query", q);
+  check_vector(op, "prefix_lens", prefix_lens, group_start.size(0), ScalarType::Int, "query", q);
+  PAGEDKV_CHECK(max_group_len >= 0, op, "max_group_len", max_group_len, "0 or more");
+}
+
 inline void check_flash_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_start,
                                   const Tensor& q_len, const Tensor& k_start, const Tensor& k_len,
                                   int64_t max_query_len, int64_t max_key_len, const OptTensor& alibi, int64_t window,

@@ -27,6 +27,13 @@ using flash_attention_fn = Pair(Tensor query, Tensor key, Tensor value, Tensor q
                                 double softcap, OptTensor sinks, bool return_lse);
 using merge_attention_states_fn = Pair(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b);
 
+// cascade ------------------------------------------------------------------------------------------------------------
+using paged_attention_cascade_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
+                                        Tensor seq_lens, Tensor group_start, Tensor group_len, Tensor prefix_lens,
+                                        int64_t max_group_len, double scale, OptTensor alibi_slopes,
+                                        int64_t sliding_window, double softcap, OptTensor sinks, OptTensor k_scale,
+                                        OptTensor v_scale, bool return_lse);
+
 // cache --------------------------------------------------------------------------------------------------------------
 using reshape_and_cache_fn = void(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping,
                                   OptTensor k_scale, OptTensor v_scale);

@@ -44,6 +44,7 @@ from .problems import (
     Env,
     Problem,
     Tensors,
+    cascade,
     copy,
     flash,
     from_eight,
@@ -70,7 +71,7 @@ MAX_SETS = {"cuda": 400, "cpu": 32}
 SECONDS = {"cuda": 0.05, "cpu": 0.2}  # of measuring for each time
 SLACK = {"cuda": (1.05, 0.5), "cpu": (1.25, 1.0)}  # slower is what takes more than so many times as long and so many us
 FAMILIES = {  # section of the table -> its ops
-    "attention": ("paged_attention", "flash_attention", "merge_attention_states"),
+    "attention": ("paged_attention", "paged_attention_cascade", "flash_attention", "merge_attention_states"),
     "cache": ("reshape_and_cache", "gather_cache", "copy_blocks", "swap_blocks"),
     "norm": ("rms_norm", "add_rms_norm", "layer_norm"),
     "linear": ("linear",),
@@ -169,6 +170,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     *[("paged_attention", m, paged, CPU, [{"batch": 1, "context": 1024}]) for m in (L2, QWEN, QWEN3, GEMMA)],
     ("paged_attention", MISTRAL, paged, CPU, [{"batch": 1, "context": 1024, "window": 512}]),
     *[("paged_attention", m, paged, CPU, [{"batch": 1, "context": 256, "query": 256}]) for m in (QWEN, GEMMA)],
+    ("paged_attention_cascade", L3, cascade, GPU, [
+        {"batch": 64, "shared": 8192, "own": 256}, {"batch": 16, "shared": 4096, "own": 256},
+    ]),
+    ("paged_attention_cascade", SMOL, cascade, CPU, [{"batch": 8, "shared": 512, "own": 64}]),
     ("flash_attention", L3, flash, GPU, [{"batch": 1, "length": n} for n in (2048, 8192)]),
     ("flash_attention", SMOL, flash, BOTH, [{"batch": 4, "length": 256}]),
     ("merge_attention_states", L3, merge, BOTH, [{"tokens": n} for n in (32, 1024)]),

@@ -307,6 +307,46 @@ def _flashinfer(at: Attention) -> dict[str, Peer]:
     return found
 
 
+def cascade(
+    heads: int, kv_heads: int, head_dim: int, block: int, batch: int, shared: int, own: int, dtype: torch.dtype
+) -> Peers:
+    """For inputs with query, k, v, tables, lens, start and rows: decoding, `shared` tokens of all and `own` of each."""
+    names = {torch.bfloat16: "bf16", torch.float16: "f16"}
+    plain = f"dtype_q_{names[dtype]}_dtype_kv_{names[dtype]}", f"head_dim_qk_{head_dim}_", "logits_cap_False"
+    if not is_built("batch_prefill", *plain) or not is_built("cascade"):
+        return {}
+    prefix, rest = shared // block, -(-own // block)
+
+    def prepare(a: Any) -> None:
+        a.cascade = flashinfer().MultiLevelCascadeAttentionWrapper(2, _workspace("cascade"), "NHD")
+        first = torch.tensor([0, batch], dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32)
+        pages = torch.tensor([0, prefix], dtype=torch.int32), torch.arange(batch + 1, dtype=torch.int32) * rest
+        ids = a.tables[0, :prefix].contiguous(), a.tables[:, prefix:].flatten()
+        last = (
+            torch.full((1,), block, dtype=torch.int32),
+            torch.full((batch,), (own - 1) % block + 1, dtype=torch.int32),
+        )
+        a.cascade.plan(
+            *([x.cuda() for x in each] for each in (first, pages, ids, last)),
+            heads,
+            kv_heads,
+            head_dim,
+            block,
+            sm_scale=head_dim**-0.5,
+            q_data_type=dtype,
+            kv_data_type=dtype,
+        )
+
+    def exact(a: Any) -> Tensor:
+        from torch_pagedkv import ops
+
+        out = ops.paged_attention(a.query, a.k, a.v, a.tables, a.lens, a.start, a.rows, max_query_len=1)
+        assert isinstance(out, Tensor)
+        return out
+
+    return {"FlashInfer, cascade": Peer(lambda a: a.cascade.run(a.query, (a.k, a.v)), prepare, exact)}
+
+
 # ---- vLLM's small kernels --------------------------------------------------------------------------------------------
 
 

@@ -251,6 +251,63 @@ def paged(
     )
 
 
+def cascade(env: Env, model: Model, batch: int, shared: int, own: int) -> Problem:
+    """paged_attention_cascade: decoding where all sequences begin with the same `shared` tokens."""
+    heads, d = model.heads, model.head_dim
+    prefix, rest = shared // PAGE, -(-own // PAGE)
+    length = shared + own
+
+    def make() -> Inputs:
+        a = Inputs()
+        a.query = env.normal(batch, heads, d)
+        a.k, a.v, *_ = env.cache(prefix + batch * rest, model, "same")
+        order = torch.randperm(prefix + batch * rest)
+        tables = torch.cat([order[:prefix].expand(batch, -1), order[prefix:].view(batch, rest)], 1)
+        a.tables, a.lens = env.ints(tables), env.ints([length] * batch)
+        a.start, a.rows = env.ints(range(batch)), env.ints([1] * batch)
+        a.groups = [env.ints([x]) for x in (0, batch, shared)]
+        return a
+
+    def separate(a: Inputs) -> None:
+        """Each sequence's own copy of the prefix, as without sharing."""
+        blocks = a.tables.flatten().long()
+        a.own_k, a.own_v = a.k[blocks], a.v[blocks]
+        a.own_tables = torch.arange(len(blocks), dtype=torch.int32, device=env.device).view(batch, -1)
+
+    def plain(a: Inputs, k: Tensor, v: Tensor, tables: Tensor) -> Any:
+        return ops.paged_attention(a.query, k, v, tables, a.lens, a.start, a.rows, max_query_len=1)
+
+    def shared_blocks(a: Inputs) -> Any:
+        return plain(a, a.k, a.v, a.tables)
+
+    peers: dict[str, Callable[[Inputs], Any]] = {
+        "paged_attention, nothing shared": others.Peer(
+            lambda a: plain(a, a.own_k, a.own_v, a.own_tables), separate, shared_blocks
+        ),
+        "paged_attention": shared_blocks,
+    }
+    if env.device.type == "cuda" and env.size == 2:
+        peers |= others.cascade(heads, model.kv_heads, d, PAGE, batch, shared, own, env.dtype)
+    checked = sorted({0, batch // 2, batch - 1})
+
+    def truth(a: Inputs) -> Tensors:
+        found = []
+        for s in checked:
+            args = (a.query[s : s + 1].double(), a.k, a.v, a.tables[s : s + 1], a.lens[:1])
+            found.append(reference("paged_attention", *args, env.ints([0]), env.ints([1]), 1, d**-0.5)[0])
+        return found
+
+    return Problem(
+        make,
+        call=lambda a: ops.paged_attention_cascade(a.query, a.k, a.v, a.tables, a.lens, *a.groups, max_group_len=batch),
+        truth=truth,
+        result=lambda _, out: [out[s : s + 1] for s in checked],
+        moved=env.kv_bytes(shared + batch * own, model, "same") + 2 * batch * heads * d * env.size,
+        bound=env.rounding(2, 64),
+        peers=peers,
+    )
+
+
 def flash(env: Env, model: Model, batch: int, length: int) -> Problem:
     """flash_attention, causal, without a cache."""
     heads, d = model.heads, model.head_dim

@@ -56,24 +56,23 @@ def attend(
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     if kv.k_scale is None and rows.dtype != kv.key_cache.dtype:  # under autocast
         rows = rows.to(kv.key_cache.dtype)
-    step = kv.step
-    out = ops.paged_attention(
-        rows,
-        kv.key_cache,
-        kv.value_cache,
-        step.block_tables,
-        step.seq_lens,
-        step.query_start,
-        step.query_len,
-        max_query_len=query.shape[2],
-        scale=scaling,
-        alibi_slopes=alibi_slopes,
-        sliding_window=sliding_window or 0,
-        softcap=softcap or 0.0,
-        sinks=None if sinks is None else sinks.float(),
-        k_scale=kv.k_scale,
-        v_scale=kv.v_scale,
-    )
+    step, shared = kv.step, kv.shared
+    paged = rows, kv.key_cache, kv.value_cache, step.block_tables, step.seq_lens
+    features: dict[str, Any] = {
+        "scale": scaling,
+        "alibi_slopes": alibi_slopes,
+        "sliding_window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+        "sinks": None if sinks is None else sinks.float(),
+        "k_scale": kv.k_scale,
+        "v_scale": kv.v_scale,
+    }
+    if shared is not None and shared.serves(sliding_window):
+        groups = shared.group_start, shared.group_len, shared.prefix_lens
+        out = ops.paged_attention_cascade(*paged, *groups, max_group_len=shared.max_group_len, **features)
+    else:
+        queries = step.query_start, step.query_len
+        out = ops.paged_attention(*paged, *queries, max_query_len=query.shape[2], **features)
     assert isinstance(out, Tensor)
     out = out[..., : kv.value_dim].to(query.dtype)
     return out.unflatten(0, (query.shape[0], query.shape[2]))

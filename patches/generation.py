@@ -471,4 +471,6 @@ def apply(model: PreTrainedModel, config: PagedConfig, facts: ModelFacts, log: P
         log.bind(model, name, _with_signature(method, type(model), name))
         if name in ("generate", "forward"):
             log.runs(name, "generation", "paged cache")
+    if manager.can_share_reads:
+        log.runs("decoding", "generation", "paged_attention_cascade where rows share a prefix")
     log.kept("generate_batch", "generation", "transformers' continuous batching, on its own cache and stock attention")

@@ -48,6 +48,7 @@ _few_linear = _direct(_ops.linear.default)
 _int4_linear = _direct(_ops.int4_linear.default)
 _rotary_and_cache = _direct(_ops.rotary_and_cache.default)
 _paged_attention = _direct(_ops.paged_attention.default)
+_paged_attention_cascade = _direct(_ops.paged_attention_cascade.default)
 _gelu_and_mul = _direct(_ops.gelu_and_mul.default)
 #: activation of a gated MLP -> (gate, up) -> product
 _GATED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -249,30 +250,20 @@ class _Attention:
         convention = binding.convention
         assert convention is not None
         cos, sin = binding.angles(*position, batch, convention, cache.rotary_angles)
-        key_cache, value_cache, k_scale, v_scale, step, _ = cache.layer(self.index)
+        key_cache, value_cache, k_scale, v_scale, step, _, shared = cache.layer(self.index)
         q, k, v = self.heads(x, few)
         _rotary_and_cache(
             q, k, v, cos, sin, key_cache, value_cache, step.slot_mapping, convention.interleaved, k_scale, v_scale
         )
-        y, _ = _paged_attention(
-            q,
-            key_cache,
-            value_cache,
-            step.block_tables,
-            step.seq_lens,
-            step.query_start,
-            step.query_len,
-            queries,
-            module.scaling,
-            True,
-            None,
-            self.window(module) or 0,
-            0.0,
-            None,
-            k_scale,
-            v_scale,
-            False,
-        )
+        window = self.window(module)
+        paged = q, key_cache, value_cache, step.block_tables, step.seq_lens
+        features = None, window or 0, 0.0, None, k_scale, v_scale, False
+        if shared is not None and shared.serves(window):
+            groups = shared.group_start, shared.group_len, shared.prefix_lens, shared.max_group_len
+            y, _ = _paged_attention_cascade(*paged, *groups, module.scaling, *features)
+        else:
+            rows = step.query_start, step.query_len, queries
+            y, _ = _paged_attention(*paged, *rows, module.scaling, True, *features)
         return self.out(y.view(batch, queries, -1), few)
 
 

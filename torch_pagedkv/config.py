@@ -31,6 +31,10 @@ class PagedConfig:
         max_blocks: up to how many blocks the cache may grow. None: the size that `num_blocks` or `memory_fraction`
             gives; without either, what memory allows.
         prefix_caching: keep the blocks of finished sequences and reuse them for prompts with the same beginning.
+        cascade: rows of a batch that begin with the same blocks (beams, several returns, a common prompt) are decoded
+            with one pass over those for all of them and one over the rest of each. "auto": where as many bytes are
+            saved as made it pay in measurements; True: wherever a block is shared; False: never. Compiled steps do
+            without.
         salt: prefixes are shared only between models' calls under the same salt: set one to keep tenants apart.
         long_prompts: "error": a prompt longer than the model's positions (learned, or rotary without scaling) is a
             `ValueError` before any work. "allow": let the model run over its limit where it can, as stock
@@ -74,6 +78,7 @@ class PagedConfig:
     memory_fraction: float = 0.9
     max_blocks: int | None = None
     prefix_caching: bool = True
+    cascade: Fuse = "auto"
     salt: Salt = None
     long_prompts: Literal["error", "allow"] = "error"
     attention: bool = True
@@ -116,7 +121,7 @@ class PagedConfig:
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
         for name in ("prefix_caching", "attention", "cuda_graphs", "quantize_head", "keep_original"):
             _one_of(name, getattr(self, name), (True, False))
-        for name in ("fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear", "fuse_layers"):
+        for name in ("cascade", "fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear", "fuse_layers"):
             _one_of(name, getattr(self, name), _FUSE)
 
     @classmethod

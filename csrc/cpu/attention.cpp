@@ -1,4 +1,6 @@
 // Attention on the CPU: checks, the plan of work items, and their threads. The kernels are in attention_kernel.inl.
+#include "attention.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -6,14 +8,12 @@
 #include <limits>
 #include <memory>
 
-#include "attention_kernel.h"
 #include "simd.h"
 #include "tensors.h"
 
 namespace pagedkv {
-namespace {
 
-const AttentionKernels& kernels() {
+const AttentionKernels& attention_kernels() {
   static const AttentionKernels* const table = [] {
     switch (cpu_isa()) {
 #if defined(__x86_64__)
@@ -31,7 +31,7 @@ const AttentionKernels& kernels() {
   return *table;
 }
 
-AttentionType type_of(const Tensor& t) {
+AttentionType attention_type(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return kF32;
@@ -45,6 +45,8 @@ AttentionType type_of(const Tensor& t) {
       return kF8E4M3;
   }
 }
+
+namespace {
 
 // Scratch that grows and stays with its thread, so that a call allocates nothing once it is warm.
 class Scratch {
@@ -185,11 +187,11 @@ void run(const AttentionArgs& a, int64_t sequences, int64_t tokens, Split split,
   for (int64_t s = 0; s < sequences; ++s)
     if (a.query_len[s] > 0 && a.query_start[s] == owned) owned += a.query_len[s];
   if (owned != tokens) {
-    std::memset(a.out, 0, tokens * a.heads * a.head_dim * (a.q_type == kF32 ? 4 : 2));
-    if (a.lse) std::fill_n(a.lse, tokens * a.heads, -std::numeric_limits<float>::infinity());
+    std::memset(a.out, 0, tokens * a.heads * a.head_dim * (a.q_type == kF32 || a.states ? 4 : 2));
+    if (a.lse) std::fill_n(a.lse, tokens * a.heads * (a.states ? 2 : 1), -std::numeric_limits<float>::infinity());
   }
 
-  const AttentionKernels& table = kernels();
+  const AttentionKernels& table = attention_kernels();
   AttentionPartials parts{};
   if (plan.part_rows > 0) {
     const int64_t rows = plan.part_rows * plan.splits, stride = (a.head_dim + 31) / 32 * 32;
@@ -233,17 +235,17 @@ AttentionArgs common_args(const Tensor& query, const Tensor& k, const Tensor& v,
   a.softcap = float(softcap);
   a.window = window;
   a.causal = causal;
-  a.q_type = type_of(query);
-  a.kv_type = type_of(k);
+  a.q_type = attention_type(query);
+  a.kv_type = attention_type(k);
   return a;
 }
 
-Pair make_outputs(const Tensor& query, bool return_lse) {
+Pair make_outputs(const Tensor& query, bool return_lse, bool states = false) {
   const int64_t tokens = query.size(0), heads = query.size(1);
-  const int64_t sizes[] = {tokens, heads, query.size(2)}, lse_sizes[] = {return_lse ? tokens : 0, heads};
-  int32_t dtype;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
-  return {new_tensor(sizes, 3, dtype), new_tensor(lse_sizes, 2, aoti_torch_dtype_float32())};
+  const int64_t sizes[] = {tokens, heads, query.size(2)}, lse_sizes[] = {return_lse ? tokens : 0, heads, 2};
+  int32_t dtype = aoti_torch_dtype_float32();
+  if (!states) TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(query.get(), &dtype));
+  return {new_tensor(sizes, 3, dtype), new_tensor(lse_sizes, states ? 3 : 2, aoti_torch_dtype_float32())};
 }
 
 // The lengths are on the host: what the schema cannot say is checked before anything is computed.
@@ -262,7 +264,7 @@ Pair paged(const char* op, Split split, int64_t given, const Tensor& query, cons
            const Tensor& value_cache, const Tensor& block_tables, const Tensor& seq_lens, const Tensor& query_start,
            const Tensor& query_len, int64_t max_query_len, double scale, bool causal, const OptTensor& alibi_slopes,
            int64_t sliding_window, double softcap, const OptTensor& sinks, const OptTensor& k_scale,
-           const OptTensor& v_scale, bool return_lse) {
+           const OptTensor& v_scale, bool return_lse, bool states = false) {
   check_paged_attention(op, query, key_cache, value_cache, block_tables, seq_lens, query_start, query_len,
                         max_query_len, alibi_slopes, sliding_window, softcap, sinks, k_scale, v_scale);
   const int64_t sequences = block_tables.size(0), tokens = query.size(0), blocks = key_cache.size(0);
@@ -281,9 +283,10 @@ Pair paged(const char* op, Split split, int64_t given, const Tensor& query, cons
                     "block " << block << " at [" << s << ", " << i << "]", "0 <= block < ", blocks);
     }
   }
-  Pair out = make_outputs(query, return_lse);
+  Pair out = make_outputs(query, return_lse, states);
   AttentionArgs a = common_args(query, key_cache, value_cache, query_start, query_len, scale, causal, alibi_slopes,
                                 sliding_window, softcap, sinks, out);
+  a.states = states;
   a.k_scale = floats(k_scale);
   a.v_scale = floats(v_scale);
   a.k_stride_block = key_cache.stride(0);
@@ -302,13 +305,27 @@ Pair paged(const char* op, Split split, int64_t given, const Tensor& query, cons
   return out;
 }
 
+}  // namespace
+
+Pair attend_pages(const char* op, const Tensor& query, const Tensor& key_cache, const Tensor& value_cache,
+                  const Tensor& block_tables, const Tensor& seq_lens, const Tensor& query_start,
+                  const Tensor& query_len, int64_t max_query_len, double scale, bool causal,
+                  const OptTensor& alibi_slopes, int64_t sliding_window, double softcap, const OptTensor& sinks,
+                  const OptTensor& k_scale, const OptTensor& v_scale, bool return_lse, bool states) {
+  return paged(op, Split::kForThreads, 0, query, key_cache, value_cache, block_tables, seq_lens, query_start, query_len,
+               max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks, k_scale, v_scale, return_lse,
+               states);
+}
+
+namespace {
+
 Pair paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
                      Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
                      OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks, OptTensor k_scale,
                      OptTensor v_scale, bool return_lse) {
-  return paged("paged_attention", Split::kForThreads, 0, query, key_cache, value_cache, block_tables, seq_lens,
-               query_start, query_len, max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks,
-               k_scale, v_scale, return_lse);
+  return attend_pages("paged_attention", query, key_cache, value_cache, block_tables, seq_lens, query_start, query_len,
+                      max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks, k_scale, v_scale,
+                      return_lse);
 }
 
 Pair paged_attention_v1(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
@@ -364,17 +381,20 @@ Pair merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse
   const int64_t rows = a.size(0) * a.size(1), d = a.size(2), bytes = d * a.element_size();
   Pair out{torch::stable::new_empty(a, {a.size(0), a.size(1), d}),
            torch::stable::new_empty(la, {a.size(0), a.size(1)})};
-  const AttentionType type = type_of(a);
+  const AttentionType type = attention_type(a);
   const auto* pa = static_cast<const char*>(a.const_data_ptr());
   const auto* pb = static_cast<const char*>(b.const_data_ptr());
   auto* po = static_cast<char*>(std::get<0>(out).mutable_data_ptr());
   const float *pla = la.const_data_ptr<float>(), *plb = lb.const_data_ptr<float>();
   float* plo = std::get<1>(out).mutable_data_ptr<float>();
-  const AttentionKernels& table = kernels();
+  const AttentionKernels& table = attention_kernels();
   torch::stable::parallel_for(
       0, rows, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          table.merge(type, d, pa + i * bytes, pla[i], pb + i * bytes, plb[i], po + i * bytes, plo + i);
+        for (int64_t i = begin; i < end; ++i) {
+          const MergedStates merged({pla[i], 1.f}, {plb[i], 1.f});
+          table.merge(type, type, d, pa + i * bytes, merged.weight_a, pb + i * bytes, merged.weight_b, po + i * bytes);
+          plo[i] = merged.lse;
+        }
       });
   return out;
 }

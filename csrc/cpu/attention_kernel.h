@@ -17,6 +17,7 @@ struct AttentionArgs {
   const float* v_scale;
   void* out;                  // [T, Hq, D] contiguous
   float* lse;                 // [T, Hq], or null
+  bool states;                // out is float32 whatever the query, lse [T, Hq, 2]: maximum, sum of exponentials
   const float* alibi_slopes;  // [Hq], or null
   const float* sinks;         // [Hq], or null
   int64_t q_stride_t, q_stride_h;
@@ -64,9 +65,9 @@ struct AttentionKernels {
   void (*run)(const AttentionArgs*, const AttentionItem*, const AttentionPartials*, int64_t part_rows, char* scratch);
   // Rows of one KV head whose partials are complete -> out and lse. `splits` of them, `part_rows` rows apart.
   void (*combine)(const AttentionArgs*, const AttentionItem*, const AttentionPartials*, int64_t part_rows, int splits);
-  // One row [D] of merge_attention_states.
-  void (*merge)(AttentionType, int64_t head_dim, const void* a, float lse_a, const void* b, float lse_b, void* out,
-                float* lse);
+  // out = weight_a a + weight_b b, rows [D]; what has no weight is not read. `from` is kF32 or `to`.
+  void (*merge)(AttentionType from, AttentionType to, int64_t head_dim, const void* a, float weight_a, const void* b,
+                float weight_b, void* out);
 };
 
 const AttentionKernels* attention_generic();

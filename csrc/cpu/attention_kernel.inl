@@ -162,19 +162,25 @@ INLINE void store_row(void* out, int64_t at, const float* o, int d, float factor
 // A finished row: the unnormalised sum `o` with max m and sum l -> out and lse.
 void write_out(const AttentionArgs& a, bool woven, int64_t token, int head, const float* o, float m, float l) {
   const int64_t row = token * a.heads + head, at = row * a.head_dim;
-  float factor = 0, lse = -kInf;
+  float factor = 0, top = -kInf;
   if (m != -kInf || l != 0) {  // something was seen (l is NaN after a NaN logit)
-    float top = m;
+    top = m;
     if (a.sinks && !(a.sinks[head] <= m)) top = a.sinks[head];
     const float fade = exp(splat(m - top))[0];
     l *= fade;
     if (a.sinks) l += exp(splat(a.sinks[head] - top))[0];
     factor = fade / l;
-    lse = top + __builtin_logf(l);
   }
-  switch (a.q_type) {
+  switch (a.states ? kF32 : a.q_type) {
     case kF32:
-      store_row<Plain<float>>(a.out, at, o, a.head_dim, factor);
+      if (woven) {
+        float plain[256];
+        for (int i = 0; i < a.head_dim; i += 2 * W)
+          for (int j = 0; j < W; ++j) plain[i + 2 * j] = o[i + j], plain[i + 2 * j + 1] = o[i + W + j];
+        store_row<Plain<float>>(a.out, at, plain, a.head_dim, factor);
+      } else {
+        store_row<Plain<float>>(a.out, at, o, a.head_dim, factor);
+      }
       break;
     case kF16:
       store_row<Plain<F16>>(a.out, at, o, a.head_dim, factor);
@@ -185,7 +191,10 @@ void write_out(const AttentionArgs& a, bool woven, int64_t token, int head, cons
       else
         store_row<Plain<BF16>>(a.out, at, o, a.head_dim, factor);
   }
-  if (a.lse) a.lse[row] = lse;
+  if (a.lse && a.states)
+    a.lse[2 * row] = top, a.lse[2 * row + 1] = l;
+  else if (a.lse)
+    a.lse[row] = top == -kInf && l == 0 ? -kInf : top + __builtin_logf(l);
 }
 // Partials keep the order of elements that the kernel has them in; combine() knows which that is.
 INLINE int64_t part_stride(const AttentionArgs& a) { return round_up(a.head_dim, 32); }
@@ -783,43 +792,42 @@ void combine(const AttentionArgs* a, const AttentionItem* it, const AttentionPar
   }
 }
 
-template <class Elem>
+template <class From, class To>
 INLINE void merge_as(int64_t d, const void* a, float wa, const void* b, float wb, void* out) {
-  using S = typename Elem::E;
+  using S = typename From::E;
+  using R = typename To::E;
   // A side of weight 0 is not read: it may hold NaN.
-  auto block = [&](const S* pa, const S* pb, S* po, int n) __attribute__((always_inline)) {
+  auto block = [&](const S* pa, const S* pb, R* po, int n) __attribute__((always_inline)) {
     vf x0{}, x1{}, y0{}, y1{};
-    if (wa != 0) Elem::load2(pa, n, x0, x1);
-    if (wb != 0) Elem::load2(pb, n, y0, y1);
-    Elem::store2(po, n, x0 * wa + y0 * wb, x1 * wa + y1 * wb);
+    if (wa != 0) From::load2(pa, n, x0, x1);
+    if (wb != 0) From::load2(pb, n, y0, y1);
+    To::store2(po, n, x0 * wa + y0 * wb, x1 * wa + y1 * wb);
   };
   const S *pa = (const S*)a, *pb = (const S*)b;
-  S* po = (S*)out;
+  R* po = (R*)out;
   int64_t i = 0;
   for (; i + 8 <= d; i += 2 * W) block(pa + i, pb + i, po + i, int(min64(round_down(d - i, 8), 2 * W)));
   i = round_down(d, 8);
   if (const int rest = int(d - i)) {
-    S ta[8] = {}, tb[8] = {}, to[8];
+    S ta[8] = {}, tb[8] = {};
+    R to[8];
     memcpy(ta, pa + i, rest * sizeof(S));
     memcpy(tb, pb + i, rest * sizeof(S));
     block(ta, tb, to, 8);
-    memcpy(po + i, to, rest * sizeof(S));
+    memcpy(po + i, to, rest * sizeof(R));
   }
 }
-void merge(AttentionType type, int64_t d, const void* a, float lse_a, const void* b, float lse_b, void* out,
-           float* lse) {
-  const float top = lse_a > lse_b ? lse_a : lse_b;
-  const bool empty = lse_a == -kInf && lse_b == -kInf;
-  const float ea = empty ? 0.f : exp(splat(lse_a - top))[0], eb = empty ? 0.f : exp(splat(lse_b - top))[0];
-  const float total = ea + eb, wa = empty ? 0.f : ea / total, wb = empty ? 0.f : eb / total;
-  *lse = empty ? -kInf : top + __builtin_logf(total);
-  switch (type) {
+void merge(AttentionType from, AttentionType to, int64_t d, const void* a, float wa, const void* b, float wb,
+           void* out) {
+  switch (to) {
     case kF32:
-      return merge_as<Plain<float>>(d, a, wa, b, wb, out);
+      return merge_as<Plain<float>, Plain<float>>(d, a, wa, b, wb, out);
     case kF16:
-      return merge_as<Plain<F16>>(d, a, wa, b, wb, out);
+      return from == kF32 ? merge_as<Plain<float>, Plain<F16>>(d, a, wa, b, wb, out)
+                          : merge_as<Plain<F16>, Plain<F16>>(d, a, wa, b, wb, out);
     default:
-      return merge_as<Woven>(d, a, wa, b, wb, out);
+      return from == kF32 ? merge_as<Plain<float>, Plain<BF16>>(d, a, wa, b, wb, out)
+                          : merge_as<Woven, Woven>(d, a, wa, b, wb, out);
   }
 }
 

@@ -18,10 +18,12 @@ const T* data_or_null(const OptTensor& t) {
 // A stride is free where the size is 1; 0 there keeps alignment tests honest.
 int64_t stride_of(const Tensor& t, int64_t i) { return t.size(i) <= 1 ? 0 : t.stride(i); }
 
-// What paged and dense calls share. Allocates the outputs.
-Pair begin(const char* op, AttentionParams& p, const Tensor& query, const Tensor& query_start, const Tensor& query_len,
-           int64_t max_query_len, double scale, bool causal, const OptTensor& alibi_slopes, int64_t window,
-           double softcap, const OptTensor& sinks, bool return_lse) {
+}  // namespace
+
+Pair begin_call(const char* op, AttentionParams& p, const Tensor& query, const Tensor& query_start,
+                const Tensor& query_len, int64_t max_query_len, double scale, bool causal,
+                const OptTensor& alibi_slopes, int64_t window, double softcap, const OptTensor& sinks,
+                bool return_lse) {
   const int64_t tokens = query.size(0), heads = query.size(1), dim = query.size(2);
   Tensor out = torch::stable::new_empty(query, {tokens, heads, dim});
   Tensor lse = torch::stable::new_empty(query, {return_lse ? tokens : 0, heads}, ScalarType::Float);
@@ -60,6 +62,28 @@ KVType kv_type(const Tensor& cache) {
   }
 }
 
+void set_cache(AttentionParams& p, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
+               const Tensor& seq_lens, const OptTensor& k_scale, const OptTensor& v_scale) {
+  p.k = key_cache.const_data_ptr();
+  p.v = value_cache.const_data_ptr();
+  p.k_stride_block = stride_of(key_cache, 0), p.v_stride_block = stride_of(value_cache, 0);
+  p.k_stride_t = stride_of(key_cache, 1), p.v_stride_t = stride_of(value_cache, 1);
+  p.k_stride_h = stride_of(key_cache, 2), p.v_stride_h = stride_of(value_cache, 2);
+  p.k_scale = data_or_null<float>(k_scale);
+  p.v_scale = data_or_null<float>(v_scale);
+  p.block_tables = block_tables.const_data_ptr<int>();
+  p.table_stride = stride_of(block_tables, 0);
+  p.max_blocks = int(block_tables.size(1));
+  p.num_blocks = int(key_cache.size(0));
+  p.block_size = int(key_cache.size(1));
+  while ((1 << p.block_shift) < p.block_size) ++p.block_shift;
+  p.max_key_len = int(std::min<int64_t>(block_tables.size(1) * p.block_size, kNoWindow));
+  p.seq_lens = seq_lens.const_data_ptr<int>();
+  p.num_kv_heads = int(key_cache.size(2));
+}
+
+namespace {
+
 void prefill(AttentionParams& p, const Tensor& query, KVType kv, cudaStream_t stream) {
   Tensor next_item = torch::stable::new_empty(query, {1}, ScalarType::Int);  // stream-ordered: may go once enqueued
   p.next_item = next_item.mutable_data_ptr<int>();
@@ -87,24 +111,9 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   PAGEDKV_CHECK(num_splits >= 0 && num_splits <= 1024, op, "num_splits", num_splits, "0 (planned) to 1024");
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
   AttentionParams p{};
-  p.k = key_cache.const_data_ptr();
-  p.v = value_cache.const_data_ptr();
-  p.k_stride_block = stride_of(key_cache, 0), p.v_stride_block = stride_of(value_cache, 0);
-  p.k_stride_t = stride_of(key_cache, 1), p.v_stride_t = stride_of(value_cache, 1);
-  p.k_stride_h = stride_of(key_cache, 2), p.v_stride_h = stride_of(value_cache, 2);
-  p.k_scale = data_or_null<float>(k_scale);
-  p.v_scale = data_or_null<float>(v_scale);
-  p.block_tables = block_tables.const_data_ptr<int>();
-  p.table_stride = stride_of(block_tables, 0);
-  p.max_blocks = int(block_tables.size(1));
-  p.num_blocks = int(key_cache.size(0));
-  p.block_size = int(key_cache.size(1));
-  while ((1 << p.block_shift) < p.block_size) ++p.block_shift;
-  p.max_key_len = int(std::min<int64_t>(block_tables.size(1) * p.block_size, kNoWindow));
-  p.seq_lens = seq_lens.const_data_ptr<int>();
-  p.num_kv_heads = int(key_cache.size(2));
-  Pair result = begin(op, p, query, query_start, query_len, max_query_len, scale, causal, alibi_slopes, window, softcap,
-                      sinks, return_lse);
+  set_cache(p, key_cache, value_cache, block_tables, seq_lens, k_scale, v_scale);
+  Pair result = begin_call(op, p, query, query_start, query_len, max_query_len, scale, causal, alibi_slopes, window,
+                           softcap, sinks, return_lse);
   if (query.numel() == 0) return result;
   const cudaStream_t stream = current_stream(query);
   const KVType kv = kv_type(key_cache);
@@ -164,8 +173,8 @@ Pair flash_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor query_s
   p.block_size = 1;
   p.max_key_len = int(std::min({max_key_len, key.size(0), kNoWindow}));
   p.num_kv_heads = int(key.size(1));
-  Pair result = begin("flash_attention", p, query, query_start, query_len, max_query_len, scale, causal, alibi_slopes,
-                      sliding_window, softcap, sinks, return_lse);
+  Pair result = begin_call("flash_attention", p, query, query_start, query_len, max_query_len, scale, causal,
+                           alibi_slopes, sliding_window, softcap, sinks, return_lse);
   if (query.numel() == 0) return result;
   const cudaStream_t stream = current_stream(query);
   if (query.scalar_type() == ScalarType::Float) {

@@ -43,6 +43,15 @@ struct AttentionParams {
   int num_seqs, num_heads, num_kv_heads, head_dim, num_tokens;
 };
 
+// attention.cu. The tensors of a paged call into p, but for the query's.
+void set_cache(AttentionParams& p, const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_tables,
+               const Tensor& seq_lens, const OptTensor& k_scale, const OptTensor& v_scale);
+KVType kv_type(const Tensor& cache);
+// What all calls share, once the cache's part of p is set. Allocates the outputs.
+Pair begin_call(const char* op, AttentionParams& p, const Tensor& query, const Tensor& query_start,
+                const Tensor& query_len, int64_t max_query_len, double scale, bool causal,
+                const OptTensor& alibi_slopes, int64_t window, double softcap, const OptTensor& sinks, bool return_lse);
+
 // paged_prefill.cu: 16-bit queries, one pass over the keys for each tile of query rows (mma.sync, cp.async).
 // Paged (kSame, int8, fp8) and dense (kSame).
 void launch_prefill(const AttentionParams& p, ScalarType dtype, KVType kv, cudaStream_t stream);

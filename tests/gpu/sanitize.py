@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from ops.samples import cascade  # noqa: E402
 from ops.samples_small import INT4_KINDS, QUANTIZED, Inputs, Sample  # noqa: E402
 from ops.samples_small import samples as small_samples  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -161,6 +162,11 @@ def attention_samples(device: str) -> Iterator[Sample]:
             yield "paged_attention", args, kwargs
             yield "paged_attention_v2", args, {**kwargs, "num_splits": 2}
         yield "flash_attention", *make.dense(PREFILL, 64, dtype, **features)
+    for dtype, d in itertools.product(FLOATS, (64, 256)):
+        for groups in (((3, 48), (2, 16)), ((34, 160), (1, 16))):  # by the decode kernel, by the prefill kernel
+            own = [1 + 17 * s % 50 for s in range(sum(n for n, _ in groups) + 1)]
+            for features in ({}, {"sliding_window": 60, "sinks": True, "alibi": True}, {"cache_dtype": torch.int8}):
+                yield "paged_attention_cascade", cascade(device, groups, own, d=d, dtype=dtype, **features).args(), {}
     for dtype, d in itertools.product(FLOATS, (24, 128)):
         a, b = (make.new.normal(9, 3, d, dtype=dtype) for _ in range(2))
         lse_a, lse_b = (make.new.normal(9, 3) for _ in range(2))

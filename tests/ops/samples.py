@@ -186,6 +186,57 @@ def paged(
 
 
 @dataclass
+class Cascade:
+    """A decode step in which groups of sequences share their first blocks: the plain problem, and the groups."""
+
+    plain: Paged
+    group_start: Tensor
+    group_len: Tensor
+    prefix_lens: Tensor
+    max_group_len: int
+
+    def args(self) -> tuple[Any, ...]:
+        """In the order of the schema."""
+        p = self.plain
+        paged = (p.query, p.key_cache, p.value_cache, p.block_tables, p.seq_lens)
+        features = (p.alibi_slopes, p.sliding_window, p.softcap, p.sinks, p.k_scale, p.v_scale, p.return_lse)
+        return *paged, self.group_start, self.group_len, self.prefix_lens, self.max_group_len, p.scale, *features
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Call the kernel."""
+        return torch.ops.torch_pagedkv.paged_attention_cascade(*self.args())
+
+    def replace(self, **changes: Any) -> Cascade:
+        """A copy with some arguments changed, of the groups or of the plain problem."""
+        own = {f.name for f in dataclasses.fields(self)}
+        plain = self.plain.replace(**{name: x for name, x in changes.items() if name not in own})
+        return dataclasses.replace(self, plain=plain, **{name: x for name, x in changes.items() if name in own})
+
+
+def cascade(device: str, groups: Sequence[tuple[int, int]], own: Sequence[int], **options: Any) -> Cascade:
+    """Groups of so many sequences that share so many tokens, then sequences that share nothing.
+
+    `own`: the tokens of each sequence beside those. In blocks that nobody reads any more, as the first member's serve
+    all, there is NaN unless `poison` is False.
+    """
+    members = [(g, tokens) for g, (n, tokens) in enumerate(groups) for _ in range(n)]
+    shared = [tokens for _, tokens in members] + [0] * (len(own) - len(members))
+    p = paged(device, [a + b for a, b in zip(shared, own)], **options)
+    size = p.key_cache.shape[1]
+    starts = [sum(n for n, _ in groups[:g]) for g in range(len(groups))]
+    for s, (g, tokens) in enumerate(members):
+        blocks = p.block_tables[s, : tokens // size]
+        if s != starts[g]:
+            for x in (p.key_cache, p.value_cache, p.k_scale, p.v_scale):
+                if x is not None and x.is_floating_point() and x.element_size() > 1 and options.get("poison", True):
+                    x[blocks.long()] = math.nan
+            p.block_tables[s, : len(blocks)] = p.block_tables[starts[g], : len(blocks)].clone()
+    ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in zip(*groups)] or [p.seq_lens[:0]] * 2
+    group_start = torch.tensor(starts, dtype=torch.int32, device=device)
+    return Cascade(p, group_start, ints[0], ints[1], max((n for n, _ in groups), default=0))
+
+
+@dataclass
 class Dense:
     """The arguments of one flash_attention call."""
 
@@ -283,6 +334,20 @@ def samples(device: str) -> Iterator[Sample]:
         yield op, prefill.replace(return_lse=False).args(), extra
         for cache_dtype in QUANTIZED:
             yield op, paged(device, dtype=torch.float16, cache_dtype=cache_dtype, **plain).args(), extra
+    for dtype, cache_dtype in ((torch.float32, None), (torch.bfloat16, None), (torch.float16, torch.int8)):
+        problem = cascade(
+            device,
+            ((3, 32), (2, 8)),
+            (9, 1, 5, 30, 2, 7),
+            d=32,
+            block_size=8,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            poison=False,
+        )
+        yield "paged_attention_cascade", problem.args(), {}
+    features = problem.replace(sliding_window=60, softcap=8.0, return_lse=False)
+    yield "paged_attention_cascade", features.args(), {}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         yield "flash_attention", dense(device, d=32, dtype=dtype).args(), {}
         new = Inputs(device)

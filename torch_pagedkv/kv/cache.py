@@ -31,7 +31,7 @@ from transformers import Cache
 from .. import ops
 from .blocks import Salt, SequenceBlocks
 from .manager import CacheManager
-from .step import DenseView, PagedStep
+from .step import DenseView, PagedStep, SharedPrefixes
 
 _MIN_TABLE = 8  # blocks a row of a prompt's table has room for at least
 
@@ -45,6 +45,7 @@ class PagedLayer(NamedTuple):
     v_scale: Tensor | None
     step: PagedStep
     value_dim: int | None = None  # elements of a value, if fewer than of a key
+    shared: SharedPrefixes | None = None  # of a decode step's rows, where it pays to attend to them once
 
     def to(self, *args: Any, **kwargs: Any) -> PagedLayer:
         """Itself: layers that share keys and values say `.to(device)`, and a patched model is on one."""
@@ -92,6 +93,7 @@ class PagedCache(Cache):
         self.defers_stop = False  # generate() may find out a step late that it is at its end
         self.is_recorded = False  # the forward pass now is one that a graph will repeat
         self.step: PagedStep | None = None
+        self.shared: SharedPrefixes | None = None  # in the decode step in use
         #: set by the rotary patch: a rotation that the next `update()` carries out in the same kernel as the write
         self.pending_rotary: Any = None
         #: cos and sin as the model gives them, and as the kernels want them, for the layers of one forward pass
@@ -278,6 +280,7 @@ class PagedCache(Cache):
         if copied or self._stale or not self._held:
             self._fill_decode()
             return
+        manager.shared_steps += self.shared is not None
         step = self._held[0]
         step.seq_lens.add_(1)
         step.slot_mapping.add_(1)
@@ -311,8 +314,26 @@ class PagedCache(Cache):
         step.slot_mapping.copy_(self._to_device(slots, torch.int64))
         step.columns.fill_(self._base)
         self.step = step
+        self.shared = self._find_shared()
         self._stale = False
         self._look()
+
+    def _find_shared(self) -> SharedPrefixes | None:
+        """Groups of rows whose common prefix is worth attending to once, as long as their tables stay."""
+        manager, groups = self.manager, self._held[0].groups
+        assert groups is not None
+        if not manager.can_share_reads:
+            return None
+        groups.zero_()
+        found = manager.shareable(self._seqs, self._tokens)
+        if not found:
+            return None
+        rows = [group.count for group in found]
+        tokens = [group.blocks * manager.block_size for group in found]
+        groups = groups[:, : len(found)]
+        groups.copy_(self._to_device([[group.start for group in found], rows, tokens], torch.int32))
+        manager.shared_steps += 1
+        return SharedPrefixes(groups[0], groups[1], groups[2], max(rows), max(self._tokens))
 
     def _look(self) -> None:
         """Finds out where the dense keys and values of the planned step lie, if a layer needs them."""
@@ -387,6 +408,7 @@ class PagedCache(Cache):
         seq_lens, first, numbers = self._to_device([totals, row_starts, counts], torch.int32).unbind()
         slot_mapping = slots.flatten().to(manager.device, non_blocking=True)
         columns = self._to_device(self._base, torch.int64)
+        self.shared = None
         self.step = PagedStep(self._tables(), seq_lens, first, numbers, slot_mapping, columns)
         self._look()
 
@@ -505,9 +527,11 @@ class PagedCache(Cache):
                 "an unpatched model"
             )
         pool = self.manager.pool
+        # Not in a compiled graph, which would be another one with groups than without.
+        shared = None if torch.compiler.is_compiling() else self.shared
         if not pool.is_quantized:
             caches = pool.key_caches[layer_idx], pool.value_caches[layer_idx]
-            return PagedLayer(*caches, None, None, self.step, pool.specs[layer_idx].value_dim)
+            return PagedLayer(*caches, None, None, self.step, pool.specs[layer_idx].value_dim, shared)
         return PagedLayer(
             pool.key_caches[layer_idx],
             pool.value_caches[layer_idx],
@@ -515,6 +539,7 @@ class PagedCache(Cache):
             pool.value_scales[layer_idx],
             self.step,
             pool.specs[layer_idx].value_dim,
+            shared,
         )
 
     def update(
@@ -667,7 +692,7 @@ class PagedCache(Cache):
         self._requests, self._tokens, self._begun, self._before, self._given = [], [], [], [], []
         self.pending = self._hidden = self._gapped = self._regular = self._commit_due = False
         self._base = self._queries = self._skipped_of = 0
-        self._mask = self._ids = self.step = self._view = self._extent = None
+        self._mask = self._ids = self.step = self.shared = self._view = self._extent = None
         self._give_step_back()
         self._stale, self.pending_rotary = True, None
         self.rotary_angles.clear()

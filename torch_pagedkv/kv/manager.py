@@ -19,7 +19,13 @@ import torch
 from ..config import PagedConfig
 from .blocks import BlockManager, OutOfBlocks, SequenceBlocks
 from .pool import KVPool, LayerSpec, bytes_per_block
+from .shared import Group, find_groups
 from .step import DecodeSteps, PagedStep
+
+#: Where decoding is faster for attending to shared prefixes once, by measurement: device -> tokens that a group of rows
+#: shares at least, and bytes of one layer's keys and values that a step reads fewer. (An H200 has most of what plain
+#: attention reads again in its L2 cache; a CPU has it in its own.)
+_WORTH_SHARING = {"cuda": (256, 256 << 20), "cpu": (256, 3 << 19)}
 
 
 class _Held:
@@ -85,6 +91,7 @@ class CacheManager:
         self._pool: KVPool | None = None
         self._blocks: BlockManager | None = None
         self.decode_steps = DecodeSteps()
+        self.shared_steps = 0  # decode steps that attended to a shared prefix once
         # Filled by finalizers, which run at any point of any thread, the middle of an allocation included: what they
         # leave here is freed by the next call that holds the lock.
         self._dropped: collections.deque[_Held] = collections.deque()
@@ -183,6 +190,28 @@ class CacheManager:
         with self.lock:
             if self._blocks is not None:
                 self._blocks.reset_prefix_cache()
+
+    # ---- shared prefixes ---------------------------------------------------------------------------------------------
+
+    @property
+    def can_share_reads(self) -> bool:
+        """Whether decode steps shall look for rows that begin with the same blocks."""
+        wanted = self.config.cascade
+        # the op attends to float32 queries plainly on CUDA
+        return wanted is True or (wanted == "auto" and not (self.device.type == "cuda" and self.dtype.itemsize > 2))
+
+    def shareable(self, seqs: Sequence[SequenceBlocks], tokens: Sequence[int]) -> list[Group]:
+        """Groups of neighbouring rows, of so many tokens, whose common prefix is worth attending to once."""
+        least = enough = 1
+        if self.config.cascade == "auto":
+            least, enough = _WORTH_SHARING["cpu" if self.device.type == "cpu" else "cuda"]
+        size = bytes_per_block(self.specs, self.block_size, self.dtype, self.config.kv_cache_dtype) // len(self.specs)
+        lengths = [len(seq.blocks) for seq in seqs]
+        if (sum(lengths) - max(lengths)) * size < enough:  # all that could be shared is too little
+            return []
+        groups = find_groups([seq.blocks for seq in seqs], tokens, self.block_size)
+        groups = [group for group in groups if group.blocks * self.block_size >= least]
+        return groups if sum(group.saved for group in groups) * size >= enough else []
 
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
@@ -306,6 +335,7 @@ class CacheManager:
             "bytes_per_block": size,
             "bytes_total": counts["num_blocks"] * size,
             "bytes_used": counts["used"] * size,
+            "shared_steps": self.shared_steps,
             "dtype": self.config.kv_cache_dtype or str(self.dtype).removeprefix("torch."),
         }
 

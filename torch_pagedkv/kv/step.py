@@ -29,6 +29,8 @@ class PagedStep:
         query_len: int32 [S].
         slot_mapping: int64 [S * Q], where each column is written; -1: a pad, or a token that is in the cache already.
         columns: int64 [], columns of the padded batch in the cache before this step.
+        groups: int32 [3, S // 2] of a decode step: first row, rows and shared tokens of each group of rows that begin
+            with the same blocks (`SharedPrefixes`); what is not used is 0.
     """
 
     block_tables: Tensor
@@ -37,6 +39,29 @@ class PagedStep:
     query_len: Tensor
     slot_mapping: Tensor
     columns: Tensor
+    groups: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """Groups of neighbouring rows that begin with the same blocks, for `paged_attention_cascade`.
+
+    Attributes:
+        group_start, group_len, prefix_lens: int32 [G], in the step's `groups`: a captured graph finds there what is
+            true at its replay, and attends to rows plainly that are in no group any more.
+        max_group_len: the largest of group_len.
+        longest: tokens of the longest row when the groups were found.
+    """
+
+    group_start: Tensor
+    group_len: Tensor
+    prefix_lens: Tensor
+    max_group_len: int
+    longest: int
+
+    def serves(self, sliding_window: int | None) -> bool:
+        """Whether a layer with this window gains: the groups are of no use once a row is longer than it."""
+        return not sliding_window or sliding_window >= self.longest
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,7 @@ class DecodeSteps:
                 query_len=torch.ones_like(rows),
                 slot_mapping=torch.full((batch,), -1, dtype=torch.int64, device=device),
                 columns=torch.zeros((), dtype=torch.int64, device=device),
+                groups=torch.zeros(3, batch // 2, dtype=torch.int32, device=device),
             )
         for tensor in vars(step).values():
             mark_static_address(tensor)

@@ -7,6 +7,7 @@ from ._library import REFERENCES, SCHEMAS
 from .activation import bias_act, gelu_and_mul, silu_and_mul
 from .attention import flash_attention, merge_attention_states, paged_attention
 from .cache import copy_blocks, gather_cache, reshape_and_cache, swap_blocks
+from .cascade import paged_attention_cascade
 from .int4 import int4_dequantize, int4_linear, int4_repack
 from .int8 import int8_dequantize, int8_linear, int8_repack
 from .linear import linear
@@ -37,6 +38,7 @@ __all__ = [
     "linear",
     "merge_attention_states",
     "paged_attention",
+    "paged_attention_cascade",
     "q4k_dequantize",
     "q4k_linear",
     "q4k_repack",
