@@ -37,12 +37,69 @@ bool has_wgmma() {
   return has[index];
 }
 
+// cuTensorMapEncodeTiled, which lives in the driver; null where that is too old.
+auto find_encode() {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status{};
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
+  return error == cudaSuccess && status == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+}
+
+struct Axis {
+  int64_t size, bytes;  // from one to the next
+  int box;
+};
+
+// Describes a tensor of 16-bit elements whose rows are `columns` long, in boxes of 64 columns; false where the copy
+// engine cannot take it.
+bool describe(CUtensorMap& map, const void* data, int columns, const Axis (&axes)[3]) {
+  static const auto encode = find_encode();
+  cuuint64_t sizes[4] = {cuuint64_t(columns)}, strides[3];
+  cuuint32_t box[4] = {64}, steps[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 3; ++i) {
+    sizes[i + 1] = cuuint64_t(axes[i].size), box[i + 1] = cuuint32_t(axes[i].box);
+    strides[i] = axes[i].size > 1 ? cuuint64_t(axes[i].bytes) : 16;
+  }
+  return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+bool describe(sm90::Call& call) {
+  const Params& p = call.p;
+  const AttentionParams& a = p.a;
+  const bool paged = a.block_tables;
+  call.box_shift = paged ? std::min(a.block_shift, 4) : 4;
+  while (p.group << (call.q_box_shift + 1) <= 16) ++call.q_box_shift;
+  auto cache = [&](CUtensorMap& map, const void* data, int64_t page, int64_t token, int64_t head, int box) {
+    return describe(map, data, a.head_dim,
+                    {{paged ? a.block_size : a.num_blocks, token, box},
+                     {a.num_kv_heads, head, 1},
+                     {paged ? a.num_blocks : 1, page, 1}});
+  };
+  auto queries = [&](CUtensorMap& map, int heads, int tokens) {
+    return describe(map, a.q, a.head_dim,
+                    {{p.group, 2 * a.q_stride_h, heads},
+                     {a.num_kv_heads, 2 * a.q_stride_h * p.group, 1},
+                     {a.num_tokens, 2 * a.q_stride_t, tokens}});
+  };
+  return cache(call.k, a.k, p.k_block, p.k_token, p.k_head, 1 << call.box_shift) &&
+         cache(call.v, a.v, p.v_block, p.v_token, p.v_head, 1 << call.box_shift) &&
+         cache(call.k_row, a.k, p.k_block, p.k_token, p.k_head, 1) &&
+         cache(call.v_row, a.v, p.v_block, p.v_token, p.v_head, 1) &&
+         queries(call.q, std::min(p.group, 256), 1 << call.q_box_shift) && queries(call.q_row, 1, 1);
+}
+
 }  // namespace
 
 bool launch_sm90(const Params& p, ScalarType dtype, KVType kv, cudaStream_t stream) {
   const AttentionParams& a = p.a;
   if (!kEnabled || kv != KVType::kSame || a.head_dim <= 32 || !p.q_vectors || !a.next_item || !has_wgmma())
     return false;
+  sm90::Call call{p};
+  if (!describe(call)) return false;
   // Two bounds on the row tiles of a KV head: sequences own disjoint rows, and none has more than max_query_len tokens
   const int64_t tiles =
       std::min(int64_t(a.num_tokens) * p.group / kRows + a.num_seqs, int64_t(a.num_seqs) * p.row_tiles);
@@ -51,7 +108,7 @@ bool launch_sm90(const Params& p, ScalarType dtype, KVType kv, cudaStream_t stre
     const auto bucket = a.head_dim <= 64    ? sm90::launch_bucket<T, 64>
                         : a.head_dim <= 128 ? sm90::launch_bucket<T, 128>
                                             : sm90::launch_bucket<T, 256>;
-    bucket(p, grid, stream);
+    bucket(call, grid, stream);
   };
   if (dtype == ScalarType::Half)
     launch(__half{});

@@ -1,6 +1,8 @@
 // Thin wrappers of wgmma, setmaxnreg, mbarriers and named barriers; compiles for sm_90a only. For wgmma.cuh.
 #pragma once
 
+#include <cuda.h>
+
 #include "tensor_core.cuh"
 
 namespace pagedkv::wgmma {
@@ -131,6 +133,11 @@ __device__ __forceinline__ void barrier_init(uint64_t& barrier, int arrivals) {
 __device__ __forceinline__ void barrier_arrive(uint64_t& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(&barrier)) : "memory");
 }
+// One arrival, and the phase ends no earlier than when copy_box has brought so many bytes.
+__device__ __forceinline__ void barrier_arrive_expecting(uint64_t& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(&barrier)), "r"(bytes)
+               : "memory");
+}
 // Until the barrier's phase of this parity is complete. A new barrier counts as having completed one of parity 1.
 __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity) {
   const uint32_t address = smem_address(&barrier);
@@ -151,6 +158,30 @@ __device__ __forceinline__ void named_sync(int id, int threads) {
 }
 __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// copies -------------------------------------------------------------------------------------------------------------
+//
+// A box of a tensor of four dimensions, from coordinates x (innermost) .. w, to shared memory in the map's swizzle; all
+// that lies outside of the tensor comes in as zeros. One thread issues it for all.
+
+// True in one lane of the warp, the same each time. To the compiler, unlike lane == 0, that is one thread: it need not
+// wrap the instructions of the copy engine in loops over all that might be here.
+__device__ __forceinline__ bool elect() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected;
+}
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+__device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y,
+                                         int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(target),
+      "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
 }
 
 }  // namespace pagedkv::wgmma

@@ -1,5 +1,6 @@
 // The emulated device of cuda_runtime.h and wgmma_ptx.cuh: fibers and their scheduler, shared memory, cp.async,
-// ldmatrix, mma, wgmma, mbarriers.
+// ldmatrix, mma, wgmma, mbarriers, the copy engine.
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <signal.h>
@@ -30,7 +31,8 @@ namespace emulate {
 namespace {
 
 constexpr size_t kPage = 4096, kStack = 256 << 10;
-constexpr uint8_t kPoison = 0xff;  // as floats of any width: NaN; as integers: -1
+constexpr int kRegisters = 64 << 10;  // of a multiprocessor
+constexpr uint8_t kPoison = 0xff;     // as floats of any width: NaN; as integers: -1
 
 size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -53,6 +55,16 @@ struct Copy {
   int size, bytes;  // to write, to read; zeros fill the rest
 };
 
+// A box of a tensor on its way to shared memory.
+struct BoxCopy {
+  uint32_t target;
+  CUtensorMap map;
+  uint64_t* barrier;
+  int at[4];
+
+  uint32_t bytes() const { return 2 * map.box[0] * map.box[1] * map.box[2] * map.box[3]; }
+};
+
 struct Fiber {
   ucontext_t context;
   uint8_t* stack = nullptr;  // its lowest address
@@ -65,6 +77,7 @@ struct Fiber {
   std::vector<Copy> open;                           // not yet committed
   std::deque<std::vector<Product>> product_groups;  // wgmma, committed
   std::vector<Product> products;                    // not yet committed
+  int registers;                                    // that setmaxnreg may move
   bool unfenced = false;                            // has copied, and the asynchronous proxy may not see it yet
   void* fake_stack = nullptr;                       // AddressSanitizer's
 };
@@ -83,7 +96,8 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 int thread_count, thread;  // of the block; the one that runs
 int barrier_arrived, barrier_live;
-long barrier_generation, blocks_run, mbarrier_phases;
+long barrier_generation, blocks_run, mbarrier_phases, register_moves;
+int free_registers;  // that threads of the block have given
 struct {
   int arrived;
   long generation;
@@ -93,7 +107,8 @@ std::map<const void*, int> max_shared;
 
 uint8_t* shared_memory;
 size_t shared_bytes;
-std::vector<uint8_t> in_flight;  // for each shared byte: cp.async on their way to it
+std::vector<uint8_t> in_flight;  // for each shared byte: copies on their way to it
+std::vector<BoxCopy> boxes;
 
 std::mt19937& random_engine() {
   static std::mt19937 engine(settings().seed);
@@ -204,6 +219,7 @@ void prepare(Fiber& f) {
   f.groups.clear();
   f.open.clear();
   f.unfenced = false;
+  f.registers = std::min(255, kRegisters / thread_count / 8 * 8);
 }
 
 void resume(int t) {
@@ -219,8 +235,11 @@ void wait(const long& counter) {
   swap(self, scheduler);
 }
 
-// Runs the block's fibers to their end. Warps take turns in a random order and of random length, and drift apart as far
-// as the barriers let them; a warp's lanes come in a random order too.
+void land_box(size_t index);
+
+// Runs the block's fibers to their end, and its boxes to their targets, in any order. Warps take turns in a random
+// order and of random length, and drift apart as far as the barriers let them; a warp's lanes come in a random order
+// too.
 void run_fibers() {
   auto& engine = random_engine();
   std::vector<int> order(warps.size()), lanes(kWarp);
@@ -228,6 +247,7 @@ void run_fibers() {
   std::iota(lanes.begin(), lanes.end(), 0);
   std::shuffle(lanes.begin(), lanes.end(), engine);
   for (bool moved = true; barrier_live > 0;) {
+    if (!boxes.empty() && (!moved || engine() % 2)) land_box(engine() % boxes.size()), moved = true;
     if (!moved) {
       std::string states;
       for (int t = 0; t < thread_count; t += kWarp) {
@@ -373,7 +393,7 @@ void run(const std::string& name, const void* kernel, const Config& config, cons
     uint8_t* const before = std::max(const_cast<uint8_t*>(arena), shared_memory - kPage);
     memset(before, kPoison, arena_end - before);
     warps.assign(warp_count, Warp{});
-    barrier_arrived = 0, barrier_live = thread_count;
+    barrier_arrived = 0, barrier_live = thread_count, free_registers = 0;
     for (auto& b : named_barriers) b.arrived = 0;
     for (int t = 0; t < thread_count; ++t) {
       prepare(fibers[t]);
@@ -382,6 +402,7 @@ void run(const std::string& name, const void* kernel, const Config& config, cons
     }
     running = true;
     run_fibers();
+    if (!boxes.empty()) fail("ends before its copies have arrived");
     for (const uint8_t* p = before; p < arena_end; ++p)
       if (*p != kPoison && (p < shared_memory || p >= shared_memory + shared_bytes))
         fail("wrote byte %td of its %zu of shared memory", p - shared_memory, shared_bytes);
@@ -514,12 +535,50 @@ void mma_bfloat16(Mma& lane) { collective("mma of bfloat16s", &lane, multiply<__
 namespace {
 
 struct Mbarrier {
-  uint16_t expected, pending;
-  uint32_t phase;
+  uint8_t expected, pending;  // arrivals
+  uint16_t phase;
+  int bytes;  // that are expected and have not arrived
 };
 static_assert(sizeof(Mbarrier) == 8);
 
 Mbarrier& as_mbarrier(uint64_t& barrier) { return reinterpret_cast<Mbarrier&>(barrier); }
+void complete_phase(Mbarrier& b) {
+  if (b.pending == 0 && b.bytes == 0) b.pending = b.expected, ++b.phase, ++mbarrier_phases;
+}
+
+uint32_t swizzle128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// Calls f(shared address, source or null) for each element of a box, null outside of the tensor.
+template <class F>
+void for_each_element(const BoxCopy& c, F f) {
+  uint32_t i[4], n = 0;
+  for (i[3] = 0; i[3] < c.map.box[3]; ++i[3])
+    for (i[2] = 0; i[2] < c.map.box[2]; ++i[2])
+      for (i[1] = 0; i[1] < c.map.box[1]; ++i[1])
+        for (i[0] = 0; i[0] < c.map.box[0]; ++i[0], ++n) {
+          const char* source = c.map.data;
+          for (int d = 0; d < 4 && source; ++d) {
+            const int64_t at = int64_t(c.at[d]) + i[d];
+            source = at < 0 || uint64_t(at) >= c.map.sizes[d] ? nullptr : source + at * int64_t(c.map.strides[d]);
+          }
+          f(swizzle128(c.target + 2 * n), source);
+        }
+}
+
+void land_box(size_t index) {
+  const BoxCopy c = boxes[index];
+  boxes.erase(boxes.begin() + index);
+  for_each_element(c, [](uint32_t to, const char* from) {
+    if (from)
+      memcpy(shared_memory + to, from, 2);
+    else
+      memset(shared_memory + to, 0, 2);
+    --in_flight[to], --in_flight[to + 1];
+  });
+  Mbarrier& b = as_mbarrier(*c.barrier);
+  b.bytes -= int(c.bytes());
+  complete_phase(b);
+}
 
 // A 16-bit element of a tile in shared memory with the 128-byte swizzle.
 //     K-major: row = m or n, 8 of them 128 bytes apart, then the stride offset
@@ -531,9 +590,9 @@ uint16_t tile_element(uint64_t descriptor, bool transposed, int mn, int k) {
     fail("wgmma of descriptor %016lx: not emulated", descriptor);
   uint32_t at = transposed ? start + mn / 64 * leading + mn % 64 * 2 + k % 8 * 128 + k / 8 * stride
                            : start + mn % 8 * 128 + mn / 8 * stride + k * 2;
-  at ^= (at >> 7 & 7) << 4;
+  at = swizzle128(at);
   if (at + uint64_t(2) > shared_bytes) fail("wgmma of byte %u of %zu of shared memory", at, shared_bytes);
-  if (in_flight[at]) fail("wgmma of byte %u, which a cp.async is still to write", at);
+  if (in_flight[at]) fail("wgmma of byte %u, which a copy is still to write", at);
   uint16_t bits;
   memcpy(&bits, shared_memory + at, 2);
   return bits;
@@ -596,19 +655,44 @@ void wgmma_wait(int pending) {
   collective("wgmma.wait_group", &groups, [](void* const(&lanes)[kWarp]) { run_groups(*static_cast<int*>(lanes[0])); });
 }
 
+void set_registers(int count) {
+  Fiber& f = fibers[thread];
+  while (free_registers < count - f.registers) wait(register_moves);
+  free_registers -= count - f.registers, ++register_moves;
+  f.registers = count;
+}
+
 void mbarrier_init(uint64_t& barrier, int arrivals) {
-  as_mbarrier(barrier) = {uint16_t(arrivals), uint16_t(arrivals), 0};
+  if (arrivals < 1 || arrivals > 255) fail("an mbarrier of %d arrivals", arrivals);
+  as_mbarrier(barrier) = {uint8_t(arrivals), uint8_t(arrivals), 0, 0};
 }
 void mbarrier_arrive(uint64_t& barrier) {
   Mbarrier& b = as_mbarrier(barrier);
   if (fibers[thread].unfenced) fail("mbarrier.arrive without fence.proxy.async since a copy has landed");
   if (b.pending == 0 || b.pending > b.expected) fail("arrival at an mbarrier that expects none");
-  if (--b.pending == 0) b.pending = b.expected, ++b.phase, ++mbarrier_phases;
+  --b.pending;
+  complete_phase(b);
 }
+void mbarrier_expect(uint64_t& barrier, int bytes) { as_mbarrier(barrier).bytes += bytes; }
 void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
   while ((as_mbarrier(barrier).phase & 1) == parity) wait(mbarrier_phases);
 }
 void fence_async_proxy() { fibers[thread].unfenced = false; }
+
+// Arrives at some later time. A phase must expect it: the model knows no bytes that come before.
+void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w) {
+  const BoxCopy c{target, map, &barrier, {x, y, z, w}};
+  if (target % 128) fail("a copy to byte %u of shared memory: misaligned", target);
+  if (target + uint64_t(c.bytes()) > shared_bytes)
+    fail("a copy to byte %u of %zu of shared memory", target, shared_bytes);
+  if (as_mbarrier(barrier).bytes < int(c.bytes())) fail("a copy of bytes that no barrier expects");
+  for_each_element(c, [](uint32_t to, const char*) {
+    for (int i = 0; i < 2; ++i)
+      if (in_flight[to + i]++) fail("two copies at once to byte %u of shared memory", to + i);
+    memset(shared_memory + to, kPoison, 2);
+  });
+  boxes.push_back(c);
+}
 
 void named_barrier(int id, int threads, bool stay) {
   if (id < 1 || id > 15 || threads % kWarp) fail("bar %d, %d", id, threads);
@@ -621,6 +705,27 @@ void named_barrier(int id, int threads, bool stay) {
 }
 
 }  // namespace emulate
+
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
+                                const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  bool right = rank == 4 && uintptr_t(map) % 64 == 0 && uintptr_t(data) % 16 == 0 && 2 * box[0] <= 128;
+  *map = {static_cast<const char*>(data), {}, {2}, {}};
+  for (int d = 0; right && d < 4; ++d) {
+    right = sizes[d] >= 1 && sizes[d] <= 1ull << 32 && box[d] >= 1 && box[d] <= 256 && steps[d] == 1;
+    if (d > 0) map->strides[d] = strides[d - 1], right &= strides[d - 1] % 16 == 0 && strides[d - 1] < 1ull << 40;
+    map->sizes[d] = sizes[d], map->box[d] = box[d];
+  }
+  return right ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* status) {
+  const bool known = strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
+  *status = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
 
 // What torch would ask of a real device.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) { return *stream = nullptr, 0; }

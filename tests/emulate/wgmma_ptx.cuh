@@ -1,6 +1,7 @@
 // Hopper's instructions on the emulated device, in place of csrc/cuda/wgmma_ptx.cuh: the same functions.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 namespace emulate {
@@ -18,9 +19,13 @@ void wgmma_issue(const Product& product);
 void wgmma_commit();
 void wgmma_wait(int pending);
 
+void set_registers(int count);  // of this thread; waits for others to give theirs
+
 void mbarrier_init(uint64_t& barrier, int arrivals);
 void mbarrier_arrive(uint64_t& barrier);
+void mbarrier_expect(uint64_t& barrier, int bytes);
 void mbarrier_wait(uint64_t& barrier, uint32_t parity);
+void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w);
 void fence_async_proxy();
 void named_barrier(int id, int threads, bool stay);
 
@@ -50,15 +55,29 @@ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descript
 }
 
 template <int kRegisters>
-void take_registers() {}
+void take_registers() {
+  emulate::set_registers(kRegisters);
+}
 template <int kRegisters>
-void give_registers() {}
+void give_registers() {
+  emulate::set_registers(kRegisters);
+}
 
 inline void barrier_init(uint64_t& barrier, int arrivals) { emulate::mbarrier_init(barrier, arrivals); }
 inline void barrier_arrive(uint64_t& barrier) { emulate::mbarrier_arrive(barrier); }
+inline void barrier_arrive_expecting(uint64_t& barrier, int bytes) {
+  emulate::mbarrier_expect(barrier, bytes);
+  emulate::mbarrier_arrive(barrier);
+}
 inline void barrier_wait(uint64_t& barrier, uint32_t parity) { emulate::mbarrier_wait(barrier, parity); }
 inline void fence_async_proxy() { emulate::fence_async_proxy(); }
 inline void named_sync(int id, int threads) { emulate::named_barrier(id, threads, true); }
 inline void named_arrive(int id, int threads) { emulate::named_barrier(id, threads, false); }
+
+inline bool elect() { return emulate::lane() == 7; }  // whichever it is
+inline void prefetch_map(const CUtensorMap&) {}
+inline void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w) {
+  emulate::copy_box(target, map, barrier, x, y, z, w);
+}
 
 }  // namespace pagedkv::wgmma
