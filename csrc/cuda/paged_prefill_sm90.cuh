@@ -404,21 +404,15 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S>& barriers, 
     const int key0 = tile * kKeys, lane_key = key0 + 2 * (lane & 3);  // of s[0]
     // Logits that are more than a scaled dot product
     if (a.softcap > 0.f) {
-      float largest = 0.f;
+      float large = 0.f;
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) largest = fmaxf(largest, fabsf(s[i]));
-      if (__any_sync(~0u, !(largest * p.tanh_scale < kTanhNear))) {
+      for (int i = 0; i < kKeys / 2; ++i) s[i] *= p.tanh_scale, large = fmaxf(large, fabsf(s[i]));
+      if (__any_sync(~0u, !(large < kTanhNear))) {
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) s[i] = a.softcap * tanh_fast(s[i] * p.tanh_scale);
-      } else {  // far from the cap: a polynomial, relative error near 1e-6, and none of the scarce special functions
-        const float square = p.tanh_scale * p.tanh_scale;
-        const float c0 = 0.99999888f * a.softcap * p.tanh_scale, c1 = -0.33321387f / 0.99999888f * square * c0,
-                    c2 = -0.13131231f / 0.33321387f * square * c1, c3 = -0.042696f / 0.13131231f * square * c2;
+        for (int i = 0; i < kKeys / 2; ++i) s[i] = a.softcap * tanh_fast(s[i]);
+      } else {  // far from the cap, where tanh needs none of the scarce special functions
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
-          const float x = s[i] * s[i];
-          s[i] *= fmaf(fmaf(fmaf(c3, x, c2), x, c1), x, c0);
-        }
+        for (int i = 0; i < kKeys / 2; ++i) s[i] = a.softcap * tanh_near(s[i]);
       }
     } else if (p.logit_scale != 1.f) {
 #pragma unroll
