@@ -374,6 +374,7 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
 
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
+inline void prefetch_global_L2(const void*) {}
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {
