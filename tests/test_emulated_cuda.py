@@ -63,16 +63,22 @@ def test_prefill(everything: Path, hopper: int) -> None:
     assert "all right" in run(everything, "tests/gpu/prefill_check.py", "--device", "cpu", EMULATE_HOPPER=str(hopper))
 
 
-def test_random_int4(few: Path) -> None:
-    assert "on emulated CUDA: all right" in run(few, "tests/ops/int4_problems.py", "--cases", "40")
+@pytest.mark.parametrize("hopper", [0, 1])
+def test_random_int4(few: Path, hopper: int) -> None:
+    """Few SMs: enough weights for each that Hopper's products pay."""
+    environment = {"EMULATE_HOPPER": str(hopper), "EMULATE_SMS": "2" if hopper else "132"}
+    output = run(few, "tests/ops/int4_problems.py", "--cases", "40", **environment)
+    assert "on emulated CUDA: all right" in output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sms", [1, 132])
-def test_more_random_int4(few: Path, sms: int) -> None:
+@pytest.mark.parametrize("hopper", [0, 1])
+@pytest.mark.parametrize("sms", [1, 2, 132])
+def test_more_random_int4(few: Path, sms: int, hopper: int) -> None:
     """Few SMs: K is not split over CTAs; many: as often as it can be."""
     arguments = ("--cases", "400", "--seed", str(1000 * sms))
-    run(few, "tests/ops/int4_problems.py", *arguments, EMULATE_SEED=str(sms), EMULATE_SMS=str(sms))
+    environment = {"EMULATE_SEED": str(sms), "EMULATE_SMS": str(sms), "EMULATE_HOPPER": str(hopper)}
+    run(few, "tests/ops/int4_problems.py", *arguments, **environment)
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 // int4_repack, int4_dequantize, int4_linear (contract: torch_pagedkv/ops/int4.py; layout: int4.h).
 //
 // Repacking and dequantising are one thread an output word or weight: they run once, when a model is loaded.
-// int4_linear in 16 bits is int4_mma.cu's; here are its preparation (a permuted or oddly aligned x is copied into rows
-// padded with zeros) and the float32 kernel, which has no tensor cores to go to: a lane owns an output, the warps of a
-// CTA take its words in turn, and their sums are added up in order.
+// int4_linear in 16 bits is int4_mma.cu's and int4_wgmma.cu's; here are its preparation (a permuted or oddly aligned x
+// is copied into rows padded with zeros) and the float32 kernel, which has no tensor cores to go to: a lane owns an
+// output, the warps of a CTA take its words in turn, and their sums are added up in order.
 #include <algorithm>
+#include <array>
+#include <mutex>
 
 #include "int4.h"
 #include "reduce.cuh"
+#include "wgmma.cuh"
 
 namespace pagedkv {
 namespace {
@@ -160,7 +163,39 @@ __global__ void __launch_bounds__(32 * kWarps) float_kernel(const __grid_constan
   static_cast<float*>(p.y)[(row + warp) * p.n + n] = int4_finish<float>(p, row + warp, n, sum);
 }
 
+// Has that much shared memory exactly where it was compiled for sm_90a: the device may run another of the library's
+// binaries.
+constexpr size_t kProbeBytes = 8192;
+__global__ void probe_kernel(int* out) {
+#ifdef PAGEDKV_WGMMA
+  __shared__ int shared[kProbeBytes / sizeof(int)];
+  shared[threadIdx.x] = int(threadIdx.x);
+  __syncthreads();
+  out[threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
+#endif
+}
+
 }  // namespace
+
+const Int4Device& int4_device() {
+  static std::array<Int4Device, 64> devices;
+  static std::array<std::once_flag, 64> once;
+  int index = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&index));
+  if (index >= int(devices.size())) fail("int4_linear: got device cuda:", index, ", needs an index below 64");
+  std::call_once(once[index], [&] {
+    Int4Device& d = devices[index];
+    int major = 0, minor = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    cudaFuncAttributes compiled{};  // for an architecture that may be older than the device
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, probe_kernel));
+    d.overlap = compiled.ptxVersion >= 90;
+    d.has_wgmma = major == 9 && minor == 0 && compiled.sharedSizeBytes >= kProbeBytes;
+  });
+  return devices[index];
+}
 
 Tensor int4_repack_cuda(Tensor q) {
   check_int4_repack(q);
@@ -278,8 +313,14 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
     input = gathered;
     p.x = input.const_data_ptr(), p.x_stride = p.k_padded;
   }
-  if (narrow && p.m >= kInt4Expand && p.k > 0) {
-    expand(p, input, y, stream);
+  const auto on_wgmma =
+      x.scalar_type() == ScalarType::Half ? launch_int4_wgmma<__half> : launch_int4_wgmma<__nv_bfloat16>;
+  if (narrow && p.m >= kInt4Wgmma && on_wgmma(p, input, stream)) return y;
+  if (narrow && (p.m >= kInt4Expand || p.k == 0)) {
+    if (p.k > 0)
+      expand(p, input, y, stream);
+    else
+      y = torch::stable::zero_(y);
     if (p.bias || p.residual || p.act != Act::kNone) {
       p.y = y.mutable_data_ptr();
       dispatch_cuda(x.scalar_type(), "int4_linear", [&](auto tag) {
@@ -288,8 +329,7 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     }
   } else if (narrow) {
-    (x.scalar_type() == ScalarType::Half ? launch_int4_mma<__half>
-                                         : launch_int4_mma<__nv_bfloat16>)(p, x.get_device_index(), stream);
+    (x.scalar_type() == ScalarType::Half ? launch_int4_mma<__half> : launch_int4_mma<__nv_bfloat16>)(p, stream);
   } else {
     const int64_t blocks = (p.m + kRows - 1) / kRows;
     if (blocks > 65535) fail(op, ": x: got ", p.m, " rows of float32, needs at most ", 65535 * kRows);

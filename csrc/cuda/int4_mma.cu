@@ -1,26 +1,34 @@
-// int4_linear for 16-bit activations on tensor cores (mma.sync m16n8k16, float32 sums), sm_80 and later. From
-// kInt4Expand rows on, int4.cu turns to cuBLAS.
+// int4_linear for 16-bit activations on tensor cores (mma.sync m16n8k16, float32 sums), sm_80 and later.
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
+//
+// From kInt4Wgmma rows on, int4_wgmma.cu takes over where it can and pays; where not, int4.cu turns to cuBLAS from
+// kInt4Expand on.
 //
 // Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. Of a slice
 // of 32 inputs and 32 outputs a lane's words are 16 consecutive bytes and a warp's 512, and they are its fragments of W
 // for four mma (int4.h): they come straight from memory into registers, nothing passes through shared memory. A warp
 // has 32 outputs, 8, 16 or 32 rows and a run of K; warps of a CTA with the same outputs are added up in order at the
-// end. All orders are fixed by the shapes: equal calls give equal bits. A nibble becomes a number by
+// end. All orders are fixed by the shapes: equal calls give equal bits. Up to 16 rows a CTA stays and walks over blocks
+// of outputs, the ring of loads running on from one to the next, and the launch overlaps with the kernel in front: its
+// first weights are asked into L2 before that one is done. A nibble becomes a number by
 //
 //     0x6400 | q is the half 1024 + q        0x4300 | q is the bfloat16 128 + q
+//     0x5400 | q << 4 is the half 64 + q
 //
-// minus the same of its zero, exactly. Sums of a step (1, 2 or 4 slices of one group) are float32 and are scaled in
-// float32, so scales of any type lose nothing. Offsets: y += (offset + 8 scale) * sum(x), the sum from an mma with
-// ones.
+// For more than 16 rows minus the same of its zero, exactly. Up to 16 rows the sums are of q + 128 (64), and what is
+// too much, (128 + zero) sum(x), is subtracted from them, sum(x) from an mma with ones. Sums of a step (1, 2 or 4
+// slices of one group) are float32 and are scaled in float32, so scales of any type lose nothing. Offsets: y += offset
+// sum(x).
 //
 // What counts is how many bytes are under way: every warp keeps kRing slices and their factors in flight, and as many
 // warps run as registers allow: 16 an SM and 64 KiB, twice what 4.28 TB/s at a microsecond of latency ask for. x comes
-// through L1, a slice ahead; with more rows a CTA has more outputs, since each CTA reads all of x from L2.
+// through L1, four slices ahead (one slice ahead, a warp waited for L2 at each: 12.9 us for 14336 x 4096 without any
+// arithmetic).
 //
-// Floor: bytes of W / 4.28 TB/s (an H200's copy bandwidth). The other limit is instructions: 44 turn a slice into
-// numbers, about 70 in all; a version with 190, which followed groups slice by slice, took 22.2 us for 14336 x 4096
-// where the bytes take 7.2.
+// Floor: bytes of W / 4.28 TB/s (an H200's copy bandwidth); a kernel that only reads takes 8.5 us for 14336 x
+// 4096, 15.1 for 28672 x 4096, 3.7 for 4096 x 4096. The other limit is instructions: 28 turn a slice into numbers,
+// about 62 in all. One row of 14336 x 4096, us: 14.3; without x 13.7; without factors 13.3; without arithmetic 11.0;
+// none of these 10.2. Divisions of 64 bits in front of the first load took 0.7.
 #include <algorithm>
 
 #include "int4.h"
@@ -76,30 +84,56 @@ __device__ __forceinline__ float factor(const uint32_t* words, int b, ScalarType
   return __half2float(__ushort_as_half(uint16_t(bits)));
 }
 
+// How the work is laid out: a CTA's warps have 1 << log_k runs of K, and 1, 2, ... blocks of outputs at once. All that
+// would take a division is made by the host.
+struct Plan {
+  int log_k, blocks, slices, steps;
+  int of_group;       // steps of a group
+  int rounds, extra;  // of blocks; the first `extra` blocks of a round have one more
+};
+
 // kStep: slices that are loaded and scaled together, all of one group.
 template <class T, int kTiles, Read kRead, int kStep, bool kOffsets>
 __global__ void __launch_bounds__(32 * most_warps(kTiles))
-    int4_kernel(const __grid_constant__ Int4Params p, int warps_k) {
+    int4_kernel(const __grid_constant__ Int4Params p, const __grid_constant__ Plan plan) {
   constexpr bool kManyFactors = kRead == Read::kEach || (kRead != Read::kNarrow && kOffsets);
   constexpr int kRing = (kTiles == 2 && kStep < 4) || kManyFactors ? 4 : 8, kSteps = kRing / kStep;  // slices, steps
+  constexpr int kXSteps = kTiles > 2 || kStep >= 4 ? 1 : 4 / kStep;                                  // that x is ahead
   constexpr int kSums = 2 * kTiles * 4;
+  constexpr bool kFold = kTiles <= 2, kInputSums = kFold || kOffsets;
   constexpr int kSliceWords = kSlice / kInt4Word * kInt4Block / 4;  // in 16 bytes
   extern __shared__ __align__(16) float sums[];                     // [warp][sum][lane]
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps_n = (blockDim.x >> 5) / warps_k;
-  const int warp_n = warp / warps_k, warp_k = warp % warps_k;
-  const int64_t first_block = int64_t(blockIdx.x) * warps_n, blocks = (p.n + kInt4Block - 1) / kInt4Block;
-  const int64_t block = min(first_block + warp_n, blocks - 1);  // one too many does the last one's work again
-  const int64_t n = block * kInt4Block + 4 * g;
-  const int count = int(min(int64_t(4), max(int64_t(0), p.n - n)));  // of this lane's outputs
-  const int slices = int(p.k_padded / kSlice), steps = slices / kStep;
-  const int begin = int(int64_t(steps) * warp_k / warps_k), end = int(int64_t(steps) * (warp_k + 1) / warps_k);
-  const int of_group = p.group >= p.k ? max(1, steps) : int(p.group / (kSlice * kStep));  // steps of a group
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0), warps_k = 1 << plan.log_k;
+  const int warps_n = blockDim.x >> (5 + plan.log_k), warp_n = warp >> plan.log_k, warp_k = warp & (warps_k - 1);
+  const int first_block = int(blockIdx.x) * warps_n, stride = int(gridDim.x) * warps_n;
+  const int begin = plan.steps * warp_k >> plan.log_k, end = plan.steps * (warp_k + 1) >> plan.log_k;
+  const int first_group = begin / plan.of_group, in_first_group = begin - first_group * plan.of_group;
+  const int all = (plan.rounds + (first_block < plan.extra)) * (end - begin);
 
   // ---- the ring: step s is in entry (s - begin) % kSteps
-  const uint4* words =
-      reinterpret_cast<const uint4*>(p.packed) + (block * slices + int64_t(begin) * kStep) * kSliceWords + t * 8 + g;
-  int group = begin / of_group, in_group = begin % of_group;
+  const uint4* words;
+  int64_t n;
+  int block = first_block + warp_n, step = begin, group = first_group, in_group = in_first_group, count = 4;
+  const int64_t group_at = first_group * p.n;
+  int64_t at;             // of this lane's factors
+  auto set_block = [&] {  // one too many does the last one's work again
+    const int64_t lane_block = min(block, plan.blocks - 1);
+    words =
+        reinterpret_cast<const uint4*>(p.packed) + (lane_block * plan.slices + begin * kStep) * kSliceWords + t * 8 + g;
+    n = lane_block * kInt4Block + 4 * g;
+    if constexpr (kRead == Read::kEach)
+      count = int(min(int64_t(4), max(int64_t(0), p.n - n)));  // of this lane's outputs
+    else
+      n = min(n, p.n - 4);  // none or all of a lane's outputs exist
+    at = group_at + n;
+  };
+  set_block();
+  release_next();
+  // What the ring will ask for first, into L2: runs of K are consecutive bytes, a line for each lane.
+  if (lane * 8 < min(kRing, (end - begin) * kStep) * kSliceWords)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(words - (t * 8 + g) + lane * 8));
+  wait_for_previous();
   uint4 ring[kRing];
   Raw<kRead, kOffsets> raw[kSteps];
   auto fetch_words = [&](int i, bool more) {
@@ -107,7 +141,6 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
   };
   auto fetch_factors = [&](int i, bool more) {  // after the step's words: moves on to the next step
     if (!more) return;
-    const int64_t at = int64_t(group) * p.n + n;
     if (count == 0) {
     } else if constexpr (kRead == Read::kQ4K) {
       const int64_t super = int64_t(group / kQ4KGroups) * p.n + n;
@@ -134,60 +167,82 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
       }
     }
     words += kStep * kSliceWords;
-    if (++in_group == of_group) in_group = 0, ++group;
+    if (++in_group == plan.of_group) in_group = 0, ++group, at += p.n;
+    if (++step == end) {
+      step = begin, group = first_group, in_group = in_first_group, block += stride;
+      set_block();
+    }
   };
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     raw[i] = {};
     if constexpr (!kOffsets) raw[i].other[0] = 0x08080808u;
 #pragma unroll
-    for (int j = 0; j < kStep; ++j) fetch_words(i * kStep + j, begin + i < end);
-    fetch_factors(i, begin + i < end);
+    for (int j = 0; j < kStep; ++j) fetch_words(i * kStep + j, i < all);
+    fetch_factors(i, i < all);
   }
 
   const int64_t first_row = int64_t(blockIdx.y) * (8 * kTiles), rows_left = p.m - first_row;
-  const T* x_at = static_cast<const T*>(p.x) + (first_row + g) * p.x_stride + int64_t(begin) * kStep * kSlice + 8 * t;
-  uint4 x_next[kTiles];
-#pragma unroll
-  for (int j = 0; j < kTiles; ++j) x_next[j] = make_uint4(0, 0, 0, 0);
-  auto load_x = [&](const T* from) {  // lanes without a row keep their zeros
+  const T* const x_first =
+      static_cast<const T*>(p.x) + (first_row + g) * p.x_stride + int64_t(begin) * kStep * kSlice + 8 * t;
+  const T* x_at = x_first;
+  int x_step = begin;
+  uint4 x_ring[kXSteps * kStep][kTiles];
+  auto load_x = [&](int i, bool more) {  // lanes without a row keep their zeros
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
-      if (8 * j + g < rows_left) x_next[j] = __ldg(reinterpret_cast<const uint4*>(from + 8 * j * p.x_stride));
+      if (more && 8 * j + g < rows_left)
+        x_ring[i][j] = __ldg(reinterpret_cast<const uint4*>(x_at + i % kStep * kSlice + 8 * j * p.x_stride));
   };
-  if (begin < end) load_x(x_at);
+  auto next_x = [&] {
+    x_at += kStep * kSlice;
+    if (++x_step == end) x_step = begin, x_at = x_first;
+  };
+#pragma unroll
+  for (int i = 0; i < kXSteps; ++i) {
+#pragma unroll
+    for (int slice = 0; slice < kStep; ++slice) {
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) x_ring[i * kStep + slice][j] = make_uint4(0, 0, 0, 0);
+      load_x(i * kStep + slice, i < all);
+    }
+    next_x();
+  }
 
+  const int rows = int(min(int64_t(8 * kTiles), rows_left));
   float total[2][kTiles][4] = {};
+  int done = 0;  // steps of block done_block
+  int done_block = first_block;
 #pragma unroll 1
-  for (int s0 = begin; s0 < end; s0 += kSteps) {
+  for (int s0 = 0; s0 < all; s0 += kSteps) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int s = s0 + i;
-      if (s >= end) break;
+      if (s >= all) break;
       float scale[4], offset[kOffsets ? 4 : 1];
       uint32_t zero[4];
+      float less[4];  // what a number is too large by
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         scale[b] = factor<kRead>(raw[i].scale, b, p.scale_type);
         if constexpr (kOffsets)
           offset[b] = kRead == Read::kQ4K ? -factor<kRead>(raw[i].other, b, p.scale_type)
                                           : factor<kRead>(raw[i].other, b, p.scale_type);
-        else
+        else if constexpr (!kFold)
           zero[b] = int4_zero_pair<T>(raw[i].other[0], b);
+        less[b] = int4_fold_bias<T>() + (kOffsets ? 0.f : float(raw[i].other[0] >> 8 * b & 255));
       }
-      const bool more = s + kSteps < end;
-      float sum[2][kTiles][4] = {}, x_sum[kOffsets ? kTiles : 1][4] = {};
+      const bool more = s + kSteps < all, more_x = s + kXSteps < all;
+      float sum[2][kTiles][4] = {}, x_sum[kInputSums ? kTiles : 1][4] = {};
 #pragma unroll
       for (int slice = 0; slice < kStep; ++slice) {
-        uint4 x[kTiles];
-#pragma unroll
-        for (int j = 0; j < kTiles; ++j) x[j] = x_next[j];
-        if (slice + 1 < kStep)
-          load_x(x_at + (slice + 1) * kSlice);
-        else if (s + 1 < end)
-          load_x(x_at += kStep * kSlice);
+        const int x_slot = i % kXSteps * kStep + slice;
+        const uint4(&x)[kTiles] = x_ring[x_slot];
         uint32_t a[2][2][4];
-        int4_fragments<T, kOffsets>(ring[i * kStep + slice], zero, a);
+        if constexpr (kFold)
+          int4_numbers<T>(ring[i * kStep + slice], a);
+        else
+          int4_fragments<T, kOffsets>(ring[i * kStep + slice], zero, a);
         fetch_words(i * kStep + slice, more);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
@@ -196,9 +251,11 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
             mma_16816<T>(sum[part][j], a[part][0], x[j].x, x[j].y);
             mma_16816<T>(sum[part][j], a[part][1], x[j].z, x[j].w);
           }
-          if constexpr (kOffsets) int4_add_inputs<T>(x_sum[j], x[j]);
+          if constexpr (kInputSums) int4_add_inputs<T>(x_sum[j], x[j]);
         }
+        load_x(x_slot, more_x);
       }
+      next_x();
       fetch_factors(i, more);
 #pragma unroll
       for (int part = 0; part < 2; ++part)
@@ -208,61 +265,90 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
           for (int e = 0; e < 4; ++e) {
             const int b = 2 * part + e / 2;
             float& to = total[part][j][e];
-            to = fmaf(scale[b], sum[part][j][e], to);
-            if constexpr (kOffsets) to = fmaf(fmaf(8.f, scale[b], offset[b]), x_sum[j][e & 1], to);
+            const float product = sum[part][j][e];
+            if constexpr (kFold) {
+              const float inputs = x_sum[j][e & 1];
+              to = fmaf(scale[b], fmaf(-less[b], inputs, product), to);
+              if constexpr (kOffsets) to = fmaf(offset[b], inputs, to);
+            } else {
+              to = fmaf(scale[b], product, to);
+              if constexpr (kOffsets) to = fmaf(fmaf(8.f, scale[b], offset[b]), x_sum[j][e & 1], to);
+            }
           }
-    }
-  }
+      if (++done < end - begin) continue;
+      done = 0;
 
-  // ---- the warps' sums, in order; thread i of the CTA has output i % 32 of a block and a row
+      // ---- the warps' sums, in order; thread i of the CTA has output i % 32 of a block and a row
+      if (s + 1 > end - begin) __syncthreads();  // the block before is written
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) sums[(warp * kSums + i) * 32 + lane] = total[i / (kSums / 2)][i / 4 % kTiles][i % 4];
-  __syncthreads();
-  const int rows = int(min(int64_t(8 * kTiles), rows_left));
-  for (int i = threadIdx.x; i < rows * warps_n * kInt4Block; i += blockDim.x) {
-    const int c = i % kInt4Block, of = i / kInt4Block % warps_n, row = i / kInt4Block / warps_n;  // c = 4 g + b
-    const int at = ((c >> 1 & 1) * kTiles + row / 8) * 4 + (c & 1) * 2 + (row & 1);
-    const int from = (c & ~3) + (row & 7) / 2;
-    float result = 0.f;
-    for (int w = of * warps_k; w < (of + 1) * warps_k; ++w) result += sums[(w * kSums + at) * 32 + from];
-    const int64_t to = (first_block + of) * kInt4Block + c, to_row = first_row + row;
-    if (to < p.n) static_cast<T*>(p.y)[to_row * p.n + to] = int4_finish<T>(p, to_row, to, result);
+      for (int e = 0; e < kSums; ++e) {
+        float& of = total[e / (kSums / 2)][e / 4 % kTiles][e % 4];
+        sums[(warp * kSums + e) * 32 + lane] = of;
+        of = 0.f;
+      }
+      __syncthreads();
+      for (int v = threadIdx.x; v < rows * warps_n * kInt4Block; v += blockDim.x) {
+        const int c = v % kInt4Block, of = v / kInt4Block % warps_n, row = v / kInt4Block / warps_n;  // c = 4 g + b
+        const int at = ((c >> 1 & 1) * kTiles + row / 8) * 4 + (c & 1) * 2 + (row & 1);
+        const int from = (c & ~3) + (row & 7) / 2;
+        float result = 0.f;
+#pragma unroll 8
+        for (int w = of * warps_k; w < (of + 1) * warps_k; ++w) result += sums[(w * kSums + at) * 32 + from];
+        const int64_t to = int64_t(done_block + of) * kInt4Block + c, to_row = first_row + row;
+        if (to < p.n) static_cast<T*>(p.y)[to_row * p.n + to] = int4_finish<T>(p, to_row, to, result);
+      }
+      done_block += stride;
+    }
   }
 }
 
 template <class T, int kTiles, Read kRead, int kStep, bool kOffsets>
-void launch(const Int4Params& p, int device, cudaStream_t stream) {
+void launch(const Int4Params& p, cudaStream_t stream) {
   constexpr int kMost = most_warps(kTiles);
-  int sms = 1;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  const Int4Device& of = int4_device();
+  const int sms = of.sms;
   const int64_t blocks = (p.n + kInt4Block - 1) / kInt4Block, rows = (p.m + 8 * kTiles - 1) / (8 * kTiles);
   const int64_t steps = p.k_padded / kSlice / kStep;
   if (rows > 65535) fail("int4_linear: x: got ", p.m, " rows, needs at most ", 65535 * 8 * kTiles);
-  // As many outputs a CTA as leave three quarters of the SMs at work, then as many runs of K as all run at once.
+  // Up to 16 rows: a CTA stays, and its warps share K. More: as many outputs a CTA as leave three quarters of the SMs
+  // at work, then as many runs of K as all run at once.
   int warps_n = 1, warps_k = 1;
-  while (kTiles > 1 && 2 * warps_n <= kMost && blocks * rows / (2 * warps_n) * 4 >= 3 * sms) warps_n *= 2;
-  const int64_t ctas = (blocks + warps_n - 1) / warps_n * rows;
-  while (2 * warps_n * warps_k <= kMost && 2 * ctas * warps_n * warps_k <= int64_t(sms) * kMost && 2 * warps_k <= steps)
-    warps_k *= 2;
+  if constexpr (kTiles <= 2) {
+    const int most = blocks > sms ? kMost / 2 : kMost;
+    while (2 * warps_k <= most && 2 * warps_k <= steps) warps_k *= 2;
+    while (2 * warps_n * warps_k <= most && blocks >= 2 * warps_n * sms) warps_n *= 2;
+  } else {
+    while (2 * warps_n <= kMost && blocks * rows / (2 * warps_n) * 4 >= 3 * sms) warps_n *= 2;
+    const int64_t ctas = (blocks + warps_n - 1) / warps_n * rows;
+    while (2 * warps_n * warps_k <= kMost && 2 * ctas * warps_n * warps_k <= int64_t(sms) * kMost &&
+           2 * warps_k <= steps)
+      warps_k *= 2;
+  }
   constexpr int kWarpBytes = 2 * kTiles * 4 * 32 * int(sizeof(float));
   static_assert(kMost * kWarpBytes <= 48 * 1024);
   const int warps = warps_n * warps_k;
-  const dim3 grid(unsigned(ctas / rows), unsigned(rows));
+  int64_t ctas = (blocks + warps_n - 1) / warps_n;
+  if (kTiles <= 2) ctas = std::min<int64_t>(ctas, int64_t(sms) * (kMost / warps));
+  const dim3 grid{unsigned(ctas), unsigned(rows)};
   const auto kernel = int4_kernel<T, kTiles, kRead, kStep, kOffsets>;
-  kernel<<<grid, 32 * warps, warps * kWarpBytes, stream>>>(p, warps_k);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  Plan plan{};
+  while (1 << plan.log_k < warps_k) ++plan.log_k;
+  plan.blocks = int(blocks), plan.slices = int(p.k_padded / kSlice), plan.steps = int(steps);
+  plan.of_group = p.group >= p.k ? std::max(1, plan.steps) : int(p.group / (kSlice * kStep));
+  plan.rounds = int(blocks / (ctas * warps_n)), plan.extra = int(blocks % (ctas * warps_n));
+  launch_early(of, kernel, grid, 32 * warps, size_t(warps) * kWarpBytes, stream, p, plan);
 }
 
 template <class T, int kTiles, Read kRead, int kStep>
-void launch(const Int4Params& p, int device, cudaStream_t stream) {
+void launch(const Int4Params& p, cudaStream_t stream) {
   if constexpr (kRead == Read::kQ4K)
-    launch<T, kTiles, kRead, kStep, true>(p, device, stream);
+    launch<T, kTiles, kRead, kStep, true>(p, stream);
   else
-    (p.offsets ? launch<T, kTiles, kRead, kStep, true> : launch<T, kTiles, kRead, kStep, false>)(p, device, stream);
+    (p.offsets ? launch<T, kTiles, kRead, kStep, true> : launch<T, kTiles, kRead, kStep, false>)(p, stream);
 }
 
 template <class T, int kTiles>
-void launch(const Int4Params& p, int device, cudaStream_t stream) {
+void launch(const Int4Params& p, cudaStream_t stream) {
   const auto aligned = [](const void* q, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(q) % bytes == 0; };
   const uintptr_t four = p.scale_type == ScalarType::Float ? 16 : 8;  // bytes of a lane's scales
   const bool at_once = p.n % 4 == 0 && aligned(p.scales, four) && aligned(p.offsets, four) && aligned(p.zeros, 4) &&
@@ -271,25 +357,25 @@ void launch(const Int4Params& p, int device, cudaStream_t stream) {
     return p.k_padded % (step * kSlice) == 0 && (p.group >= p.k || p.group % (step * kSlice) == 0);
   };
   if (!at_once)
-    launch<T, kTiles, Read::kEach, 1>(p, device, stream);
+    launch<T, kTiles, Read::kEach, 1>(p, stream);
   else if (p.sub_scales)
-    launch<T, kTiles, Read::kQ4K, 1>(p, device, stream);
+    launch<T, kTiles, Read::kQ4K, 1>(p, stream);
   else if (p.scale_type == ScalarType::Float)
-    launch<T, kTiles, Read::kWide, 1>(p, device, stream);
+    launch<T, kTiles, Read::kWide, 1>(p, stream);
   else if (divides(4))
-    launch<T, kTiles, Read::kNarrow, 4>(p, device, stream);
+    launch<T, kTiles, Read::kNarrow, 4>(p, stream);
   else if (divides(2))
-    launch<T, kTiles, Read::kNarrow, 2>(p, device, stream);
+    launch<T, kTiles, Read::kNarrow, 2>(p, stream);
   else
-    launch<T, kTiles, Read::kNarrow, 1>(p, device, stream);
+    launch<T, kTiles, Read::kNarrow, 1>(p, stream);
 }
 
 }  // namespace
 
 template <>
-void launch_int4_mma<PAGEDKV_TYPE>(const Int4Params& p, int device, cudaStream_t stream) {
+void launch_int4_mma<PAGEDKV_TYPE>(const Int4Params& p, cudaStream_t stream) {
   using T = PAGEDKV_TYPE;
-  (p.m <= 8 ? launch<T, 1> : p.m <= 16 ? launch<T, 2> : launch<T, 4>)(p, device, stream);
+  (p.m <= 8 ? launch<T, 1> : p.m <= 16 ? launch<T, 2> : launch<T, 4>)(p, stream);
 }
 
 }  // namespace pagedkv

@@ -46,6 +46,28 @@ __device__ __forceinline__ void int4_fragments(const uint4& words, const uint32_
     }
 }
 
+// The same words as numbers q + int4_fold_bias, 12 shifts and 16 lop3. What they are too large by is left to the sums:
+// sum x (q + bias) - (bias + zero) sum x. A half has 64, whose steps are 1/16, for float32 to lose less of the
+// difference.
+template <class T>
+__device__ __forceinline__ constexpr float int4_fold_bias() {
+  return std::is_same_v<T, __half> ? 64.f : 128.f;
+}
+template <class T>
+__device__ __forceinline__ void int4_numbers(const uint4& words, uint32_t (&a)[2][2][4]) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int b = 0; b < 4; ++b)
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      uint32_t& to = a[b / 2][pair / 2][b % 2 + pair % 2 * 2];
+      if constexpr (std::is_same_v<T, __half>)
+        to = and_xor(pair == 0 ? w[b] << 4 : w[b] >> (pair == 0 ? 0 : 4 * (pair - 1)), 0x00f000f0u, 0x54805480u);
+      else
+        to = and_xor(w[b] >> 4 * pair, 0x000f000fu, 0x43084308u);
+    }
+}
+
 // sum += the inputs of each row (an mma with ones).
 template <class T>
 __device__ __forceinline__ void int4_add_inputs(float (&sum)[4], const uint4& x) {

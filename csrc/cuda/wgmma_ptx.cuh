@@ -46,7 +46,8 @@ __device__ __forceinline__ void hold(float x) {
 #define PAGEDKV_F8(o)                                                                                     \
   "+f"(d[(o)]), "+f"(d[(o) + 1]), "+f"(d[(o) + 2]), "+f"(d[(o) + 3]), "+f"(d[(o) + 4]), "+f"(d[(o) + 5]), \
       "+f"(d[(o) + 6]), "+f"(d[(o) + 7])
-#define PAGEDKV_F32(o) PAGEDKV_F8(o), PAGEDKV_F8((o) + 8), PAGEDKV_F8((o) + 16), PAGEDKV_F8((o) + 24)
+#define PAGEDKV_F16(o) PAGEDKV_F8(o), PAGEDKV_F8((o) + 8)
+#define PAGEDKV_F32(o) PAGEDKV_F16(o), PAGEDKV_F16((o) + 16)
 #define PAGEDKV_F64(o) PAGEDKV_F32(o), PAGEDKV_F32((o) + 32)
 #define PAGEDKV_F128(o) PAGEDKV_F64(o), PAGEDKV_F64((o) + 64)
 
@@ -56,12 +57,12 @@ __device__ __forceinline__ void hold(float x) {
                "." type " {" registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                     \
                : operands                                                                                           \
                : "l"(a_descriptor), "l"(b_descriptor), "r"(int(add)))
-// d += A B: A from registers, B [k, n] MN-major.
-#define PAGEDKV_WGMMA_RS(n, type, registers, a0, a1, a2, a3, b, s, operands)                                        \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type \
-               "." type " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, 1;\n}"       \
-               : operands                                                                                           \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(1))
+// d += A B: A from registers, B [k, n] MN-major where kTransposed, else K-major.
+#define PAGEDKV_WGMMA_RS(n, type, registers, a0, a1, a2, a3, b, s, tr, operands)                                     \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type  \
+               "." type " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, %" #tr ";\n}" \
+               : operands                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(1), "n"(int(kTransposed)))
 
 template <class T, int N>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
@@ -80,27 +81,39 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a_descripto
   }
 }
 
-template <class T, int N>
+template <class T, int N, bool kTransposed = true>
 __device__ __forceinline__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
-  static_assert(N == 64 || N == 128 || N == 256);
+  static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
   constexpr bool kHalf = std::is_same_v<T, __half>;
-  if constexpr (N == 64) {
+  if constexpr (N == 16) {
     if constexpr (kHalf)
-      PAGEDKV_WGMMA_RS(64, "f16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, PAGEDKV_F32(0));
+      PAGEDKV_WGMMA_RS(16, "f16", "%0, %1, %2, %3, %4, %5, %6, %7", 8, 9, 10, 11, 12, 13, 14, PAGEDKV_F8(0));
     else
-      PAGEDKV_WGMMA_RS(64, "bf16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, PAGEDKV_F32(0));
+      PAGEDKV_WGMMA_RS(16, "bf16", "%0, %1, %2, %3, %4, %5, %6, %7", 8, 9, 10, 11, 12, 13, 14, PAGEDKV_F8(0));
+  } else if constexpr (N == 32) {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_RS(32, "f16", PAGEDKV_R10() "%10, %11, %12, %13, %14, %15", 16, 17, 18, 19, 20, 21, 22,
+                       PAGEDKV_F16(0));
+    else
+      PAGEDKV_WGMMA_RS(32, "bf16", PAGEDKV_R10() "%10, %11, %12, %13, %14, %15", 16, 17, 18, 19, 20, 21, 22,
+                       PAGEDKV_F16(0));
+  } else if constexpr (N == 64) {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_RS(64, "f16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, 38, PAGEDKV_F32(0));
+    else
+      PAGEDKV_WGMMA_RS(64, "bf16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, 38, PAGEDKV_F32(0));
   } else if constexpr (N == 128) {
     if constexpr (kHalf)
-      PAGEDKV_WGMMA_RS(128, "f16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, PAGEDKV_F64(0));
+      PAGEDKV_WGMMA_RS(128, "f16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, 70, PAGEDKV_F64(0));
     else
-      PAGEDKV_WGMMA_RS(128, "bf16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, PAGEDKV_F64(0));
+      PAGEDKV_WGMMA_RS(128, "bf16", PAGEDKV_R60 "%60, %61, %62, %63", 64, 65, 66, 67, 68, 69, 70, PAGEDKV_F64(0));
   } else {
     if constexpr (kHalf)
       PAGEDKV_WGMMA_RS(256, "f16", PAGEDKV_R120 "%120, %121, %122, %123, %124, %125, %126, %127", 128, 129, 130, 131,
-                       132, 133, PAGEDKV_F128(0));
+                       132, 133, 134, PAGEDKV_F128(0));
     else
       PAGEDKV_WGMMA_RS(256, "bf16", PAGEDKV_R120 "%120, %121, %122, %123, %124, %125, %126, %127", 128, 129, 130, 131,
-                       132, 133, PAGEDKV_F128(0));
+                       132, 133, 134, PAGEDKV_F128(0));
   }
 }
 
@@ -109,6 +122,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[N / 2], const uint32_t (
 #undef PAGEDKV_F128
 #undef PAGEDKV_F64
 #undef PAGEDKV_F32
+#undef PAGEDKV_F16
 #undef PAGEDKV_F8
 #undef PAGEDKV_R120
 #undef PAGEDKV_R60
@@ -148,6 +162,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity)
                  : "r"(address), "r"(parity)
                  : "memory");
   } while (!done);
+}
+// Arrives when all copies (cp.async) of this thread have.
+__device__ __forceinline__ void barrier_arrive_copies(uint64_t& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
+}
+// `bytes` (a multiple of 16, at addresses of such) to shared memory. Counts as an arrival at the barrier, whose phase
+// is not complete before the bytes are there.
+__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
+  const uint32_t address = smem_address(&barrier);
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(address)
+               : "memory");
 }
 // What this thread wrote to shared memory by ordinary stores, or by copies that have arrived, becomes visible to
 // products that are issued behind a barrier.

@@ -29,6 +29,12 @@ inline __half2 __half2half2(__half x) { return {x, x}; }
 inline __half2 __hsub2(__half2 a, __half2 b) {
   return {__half(float(a.x) - float(b.x)), __half(float(a.y) - float(b.y))};
 }
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return {__half(float(a.x) * float(b.x)), __half(float(a.y) * float(b.y))};
+}
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  return {__half(float(a.x) * float(b.x) + float(c.x)), __half(float(a.y) * float(b.y) + float(c.y))};
+}
 inline float2 __half22float2(__half2 h) { return {float(h.x), float(h.y)}; }
 inline float __half2float(__half h) { return float(h); }
 inline __half __ushort_as_half(unsigned short bits) { return __half_raw{bits}; }

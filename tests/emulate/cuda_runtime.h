@@ -379,6 +379,7 @@ inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y,
 }
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
+inline void prefetch_global_L2(const void*) {}
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {

@@ -26,6 +26,7 @@ void mbarrier_arrive(uint64_t& barrier);
 void mbarrier_expect(uint64_t& barrier, int bytes);
 void mbarrier_wait(uint64_t& barrier, uint32_t parity);
 void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w);
+void copy_bulk(uint32_t target, const void* source, uint32_t bytes);
 void fence_async_proxy();
 void named_barrier(int id, int threads, bool stay);
 
@@ -49,9 +50,9 @@ template <class T, int N>
 void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
   emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, add, nullptr, a_descriptor, b_descriptor, false});
 }
-template <class T, int N>
+template <class T, int N, bool kTransposed = true>
 void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
-  emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, true, a, 0, b_descriptor, true});
+  emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, true, a, 0, b_descriptor, kTransposed});
 }
 
 template <int kRegisters>
@@ -70,6 +71,16 @@ inline void barrier_arrive_expecting(uint64_t& barrier, int bytes) {
   emulate::mbarrier_arrive(barrier);
 }
 inline void barrier_wait(uint64_t& barrier, uint32_t parity) { emulate::mbarrier_wait(barrier, parity); }
+inline void barrier_arrive_copies(uint64_t& barrier) {
+  emulate::ptx::cp_async_commit_group();
+  emulate::ptx::cp_async_wait_group(0);
+  emulate::fence_async_proxy();
+  emulate::mbarrier_arrive(barrier);
+}
+inline void copy_bulk(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
+  emulate::copy_bulk(target, source, bytes);
+  emulate::mbarrier_arrive(barrier);
+}
 inline void fence_async_proxy() { emulate::fence_async_proxy(); }
 inline void named_sync(int id, int threads) { emulate::named_barrier(id, threads, true); }
 inline void named_arrive(int id, int threads) { emulate::named_barrier(id, threads, false); }

@@ -147,7 +147,7 @@ def test_exact_where_sums_are(device: str, dtype: torch.dtype, kind: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 9, 40])
+@pytest.mark.parametrize("rows", [1, 3, 9, 40, 130])
 def test_many_inputs(device: str, dtype: torch.dtype, rows: int) -> None:
     """No worse than PyTorch's own at the length of a real layer: 2x, and no floor."""
     new = Inputs(device)
@@ -169,6 +169,66 @@ def test_a_row_does_not_depend_on_its_neighbours_values(device: str, dtype: torc
     first, second = linear(x, w), linear(other, w)
     assert same_bits(first[0], second[0])
     assert second[1:].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize(("n", "k", "group"), [(4096, 4096, 128), (1040, 2144, 32), (14336, 1024, 1 << 20)])
+def test_a_layer_on_a_gpu(dtype: torch.dtype, n: int, k: int, group: int) -> None:
+    """Sizes of real layers, whose sums several thread blocks have parts of: right, and the same bits again."""
+    new = Inputs("cuda")
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+    packed, groups = ops.int4_repack(q), -(-k // group)
+    scales = (torch.rand(groups, n, device="cuda") * 0.01 + 0.005).to(torch.float16 if n == 4096 else dtype)
+    zeros = torch.randint(0, 16, (groups, n), dtype=torch.uint8, device="cuda")
+    by_group = torch.arange(k, device="cuda") // group
+    weight = (q.double() - zeros[by_group].T) * scales[by_group].T.double()
+    for rows in (1, 8, 16, 17, 32, 33, 64, 65, 200, 640, 1030):
+        x, bias = new.normal(rows, k, dtype=dtype), new.normal(n, dtype=dtype)
+        args = (x, packed, scales, zeros)
+        got = ops.int4_linear(*args, bias=bias, group_size=group, in_features=k, activation="silu")
+        exact = F.silu(x.double() @ weight.T + bias.double())
+        own = F.silu(F.linear(x, weight.to(dtype), bias)).double() - exact
+        error = got.double() - exact
+        assert float(error.square().mean()) <= 4 * float(own.square().mean()), rows
+        assert float(error.abs().max()) <= 2 * float(own.abs().max()), rows
+        again = ops.int4_linear(*args, bias=bias, group_size=group, in_features=k, activation="silu")
+        assert same_bits(got, again), rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 12, 40, 300])
+def test_kernels_that_overlap(rows: int) -> None:
+    """Inputs and weights that the kernels in front have just written, in a graph and out of it."""
+    new = Inputs("cuda")
+    w = new.int4(512, 512, 64, "zeros", torch.float16)
+    q, x, start = w.q.clone(), new.normal(rows, 512, dtype=torch.float16), new.normal(512, 512, dtype=torch.float16)
+    scales, zeros = w.scales * 0.1, w.zeros
+
+    def chain() -> Tensor:
+        y = x
+        for turn in range(20):
+            packed = torch.ops.torch_pagedkv.int4_repack(q ^ (turn % 16))  # without a look at q by the host
+            y = ops.int4_linear(y, packed, scales * (1 + turn % 3), zeros, group_size=64, in_features=512)
+            y = (y + start[turn]).clamp(-4, 4)
+        return y
+
+    want = x
+    for turn in range(20):
+        packed = ops.int4_repack(q ^ (turn % 16))
+        factors = scales * (1 + turn % 3)
+        torch.cuda.synchronize()
+        want = ops.int4_linear(want, packed, factors, zeros, group_size=64, in_features=512)
+        torch.cuda.synchronize()
+        want = (want + start[turn]).clamp(-4, 4)
+    assert same_bits(chain(), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain()
+    for _ in range(3):
+        got.fill_(torch.nan)
+        graph.replay()
+        assert same_bits(got, want)
 
 
 def test_threads_do_not_change_a_bit() -> None:

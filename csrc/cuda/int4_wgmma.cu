@@ -1,0 +1,507 @@
+// int4_linear for many rows of 16-bit activations on Hopper's tensor cores (wgmma, sm_90a).
+// units: PAGEDKV_TYPE=__half,__nv_bfloat16
+//
+// Weights with offsets, float32 scales and odd sizes stay with int4_mma.cu or int4.cu.
+//
+// Algorithm: y^T = W x^T, W from registers as the A operand, x from shared memory as B. A lane's 16 bytes of a slice
+// (32 inputs, 32 outputs; int4.h) are its fragments for two products of 64 outputs: a warp has a block of 32 outputs,
+// rows of A are outputs in the order that suits. Inputs of a slice are renamed, so x is brought into that order first
+// (arrange_kernel), in tiles which one bulk copy brings to shared memory. A number becomes (q - zero) * scale in 16
+// bits, rounded once, as in the stock dequantised weight; a float16 scale under bfloat16 activations is kept as the sum
+// of two bfloat16, one product and one fused multiply-add.
+//
+// A tile is kOutputs outputs and kRows rows. Warpgroups:
+//   producer   two warps copy weights and one factors (cp.async), a lane x; kStages ahead, also across tiles, and the
+//              weights before x is arranged
+//   consumers  each with 128 outputs. The numbers of a slice are made while the products of the one before run.
+// CTAs stay. They take whole tiles as long as there is one for each; what is left is cut along K into equal parts
+// (stream-K), whose sums go to memory and are added up in order by reduce_kernel. All orders are fixed by the shapes:
+// equal calls give equal bits. The three kernels overlap (programmatic dependent launch).
+//
+// Floor: the larger of bytes of W / 4.28 TB/s and 2 m n k / 790 TFLOP/s (an H200's). Instructions: 16 pairs of a slice
+// take 12 shifts, 16 lop3, 16 subtractions and 16 products, or 32 with two factors.
+//
+// Tried: x by cp.async of 4 bytes in the order of the lanes: 41 cycles each, 180 us for m = 1024 of 4096 x 4096.
+// Weights straight into a ring of registers, as in int4_mma.cu: the fence in front of products waits for loads under
+// way, so a stage takes a latency of memory: 31 us for 14336 x 4096 whatever m is up to 64.
+//
+// 14336 x 4096 at m = 64 (1024), us: 31 (266); without products 26 (186), without making numbers 24 (214), without
+// copies of weights 29 (248), without those of x 30 (255). What is left to gain is in the consumers: two warps a
+// scheduler do not hide the 105 instructions of a slice.
+#include <algorithm>
+
+#include "int4.h"
+#include "int4_tile.cuh"
+#include "reduce.cuh"
+#include "wgmma.cuh"
+
+namespace pagedkv {
+namespace {
+
+constexpr int kInputs = 64;  // of a stage: two slices of 32
+
+// Shared memory of a stage: x [kRows, 64] as wgmma.cuh has it; the words of each block, [2 slices][4][32], chunk c of
+// row j in place c ^ 2 (j % 4), so that the lanes of a fragment hit all banks; scales and zeros [outputs] of each
+// slice.
+template <int kRows_>
+struct Shape {
+  static constexpr int kRows = kRows_;  // of x in a tile
+  static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kBlocks = 4 * kConsumers, kOutputs = kBlocks * kInt4Block;  // of a tile
+  static constexpr int kXBytes = kRows * 128, kWordBytes = kBlocks * 1024, kFactorBytes = 3 * kOutputs;
+  static constexpr int kStageBytes = (kXBytes + kWordBytes + 2 * kFactorBytes + 1023) / 1024 * 1024;
+  static constexpr int kStages = std::min(20, 224 * 1024 / kStageBytes);
+  static constexpr int kBytes = kStages * kStageBytes + 1024;
+};
+
+template <int kStages>
+struct Barriers {
+  uint64_t full[kStages], empty[kStages];
+};
+
+struct Work {
+  const unsigned char* x;  // [stages][rows][128 bytes], see arrange_kernel
+  int64_t rows;            // a multiple of a tile's
+  int slices, of_group;    // slices of a group
+  int stages;              // of a tile
+  int row_tiles;           // tiles are numbered along the rows first
+  int whole;               // tiles that one CTA does alone: every gridDim.x-th
+  int units, per;          // stages of the other tiles, those of one CTA
+  float4* partial;         // [2 CTAs][2][kRows / 8][threads of the consumers]: a CTA's first and last part of a tile
+};
+
+// kCount neighbouring outputs of a row
+template <class T, int kCount>
+__device__ __forceinline__ void store_outputs(const Int4Params& p, int64_t row, int64_t n, float (&sum)[kCount]) {
+  if (row >= p.m || n >= p.n) return;
+  if (p.bias) {
+    const auto bias = load_vec<T, kCount>(static_cast<const T*>(p.bias) + n);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] += to_float(bias.v[i]);
+  }
+  apply<kCount>(p.act, sum);
+  if (p.residual) {
+    const auto residual = load_vec<T, kCount>(static_cast<const T*>(p.residual) + row * p.n + n);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] += to_float(residual.v[i]);
+  }
+  Vec<T, kCount> out;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out.v[i] = from_float<T>(sum[i]);
+  store_vec(static_cast<T*>(p.y) + row * p.n + n, out);
+}
+
+// The first of a lane's four outputs in a tile, with its words' place in a block of 32
+__device__ __forceinline__ int lane_output(int group, int warp, int lane) {
+  return (group * 4 + warp) * kInt4Block + lane / 4 * 4;
+}
+
+// x [m, k] -> the tiles that products read: [stages][rows][64 inputs], where the inputs of a
+// slice are in the order of the lanes' registers and chunks of 16 bytes swizzled as wgmma.cuh has it. A thread has 32
+// inputs of a row: words j = 0 .. 3 of four pairs, and pair q of all words makes chunk q.
+template <class T>
+__global__ void __launch_bounds__(256)
+    arrange_kernel(const __grid_constant__ Int4Params p, uint4* out, int64_t rows, int slices) {
+  wait_for_previous();
+  release_next();
+  const Quotient at = divide(int64_t(blockIdx.x) * 256 + threadIdx.x, slices);
+  const int64_t row = at.q;
+  const int slice = int(at.r);
+  if (row >= rows) return;
+  uint4 word[4] = {};
+  const T* const from = static_cast<const T*>(p.x) + row * p.x_stride + slice * kInt4Block;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (row < p.m && slice * kInt4Block < p.k_padded) word[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
+  uint4* const to = out + (slice / 2 * rows + row) * 8;
+  const int first = slice % 2 * 4, turn = int(row % 8);
+  to[first ^ turn] = make_uint4(word[0].x, word[1].x, word[2].x, word[3].x);
+  to[(first + 1) ^ turn] = make_uint4(word[0].y, word[1].y, word[2].y, word[3].y);
+  to[(first + 2) ^ turn] = make_uint4(word[0].z, word[1].z, word[2].z, word[3].z);
+  to[(first + 3) ^ turn] = make_uint4(word[0].w, word[1].w, word[2].w, word[3].w);
+}
+
+#ifdef PAGEDKV_WGMMA
+
+constexpr int kProducerRegisters = 40;
+
+struct Segment {
+  int tile, begin, end;  // stages
+  int slot;              // of `partial`; -1: this is the whole tile
+};
+
+struct Cursor {
+  int tile, unit, end;
+  bool first = true;
+  __device__ __forceinline__ explicit Cursor(const Work& w)
+      : tile(int(blockIdx.x)), unit(int(blockIdx.x) * w.per), end(min(unit + w.per, w.units)) {}
+  __device__ __forceinline__ bool next(const Work& w, Segment& s) {
+    if (tile < w.whole) {
+      s = {tile, 0, w.stages, -1};
+      tile += int(gridDim.x);
+      return true;
+    }
+    if (unit >= end) return false;
+    const int of = unit / w.stages, begin = unit - of * w.stages, stop = min(w.stages, begin + end - unit);
+    s = {w.whole + of, begin, stop, stop - begin == w.stages ? -1 : 2 * int(blockIdx.x) + (first ? 0 : 1)};
+    unit += stop - begin, first = false;
+    return true;
+  }
+};
+
+// The warps of the producer: two copy weights, one factors, one x.
+constexpr int kWordThreads = 64, kArrivals = kWordThreads + 32 + 1;
+
+template <class S, bool kFine>
+__device__ __forceinline__ void produce(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
+                                        uint32_t shared, int warp, int lane) {
+  wgmma::Ring<S::kStages> ring;
+  Cursor cursor(work);
+  Segment s;
+  if (warp == 3) {
+    if (lane > 0) return;
+    wait_for_previous();
+    while (cursor.next(work, s)) {
+      const int tile_m = s.tile % work.row_tiles;
+      const unsigned char* from = work.x + (s.begin * work.rows + int64_t(tile_m) * S::kRows) * 128;
+#pragma unroll 1
+      for (int stage = s.begin; stage < s.end; ++stage, from += work.rows * 128) {
+        wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
+        wgmma::copy_bulk(shared + ring.index * S::kStageBytes, from, S::kXBytes, barriers.full[ring.index]);
+        ring.advance();
+      }
+    }
+  } else if (warp == 2) {
+    while (cursor.next(work, s)) {
+      const int64_t first = int64_t(s.tile / work.row_tiles) * S::kOutputs;
+      int slice = s.begin * 2, group = slice / work.of_group, in_group = slice - group * work.of_group;
+#pragma unroll 1
+      for (int stage = s.begin; stage < s.end; ++stage) {
+        wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
+        const uint32_t to = shared + ring.index * S::kStageBytes + S::kXBytes + S::kWordBytes;
+#pragma unroll
+        for (int i = 0; i < (kFine ? 2 : 1); ++i) {
+          const bool exists = slice < work.slices;
+#pragma unroll
+          for (int j = 0; j < S::kConsumers; ++j) {
+            const int output = 128 * j + 4 * lane;
+            const bool ok = exists && first + output < p.n;
+            const int64_t from = ok ? group * p.n + first + output : 0;
+            cp_async<8>(to + i * S::kFactorBytes + output * 2, static_cast<const char*>(p.scales) + from * 2, ok);
+            if (p.zeros) cp_async<4>(to + i * S::kFactorBytes + 2 * S::kOutputs + output, p.zeros + from, ok);
+          }
+          slice += kFine ? 1 : 2, in_group += kFine ? 1 : 2;
+          if (in_group >= work.of_group) in_group = 0, ++group;
+        }
+        wgmma::barrier_arrive_copies(barriers.full[ring.index]);
+        ring.advance();
+      }
+    }
+  } else {
+    // Chunk (row, c) of every block
+    const int row = warp * 4 + lane / 8, c = lane % 8, blocks = int((p.n + kInt4Block - 1) / kInt4Block);
+    const uint32_t target = shared + S::kXBytes + row * 128 + (c ^ 2 * (row % 4)) * 16;
+    const int64_t block_bytes = int64_t(work.slices) * (kInt4Block * kInt4Block / 2);
+    while (cursor.next(work, s)) {
+      const int first = s.tile / work.row_tiles * S::kBlocks;
+      const char* from =
+          reinterpret_cast<const char*>(p.packed) + first * block_bytes + s.begin * 1024 + row * 128 + c * 16;
+#pragma unroll 1
+      for (int stage = s.begin; stage < s.end; ++stage, from += 1024) {
+        wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
+        const bool exists = stage * 2 + warp < work.slices;
+#pragma unroll
+        for (int i = 0; i < S::kBlocks; ++i) {
+          const bool ok = exists && first + i < blocks;
+          cp_async<16>(target + ring.index * S::kStageBytes + i * 1024,
+                       ok ? from + i * block_bytes : reinterpret_cast<const char*>(p.packed), ok);
+        }
+        wgmma::barrier_arrive_copies(barriers.full[ring.index]);
+        ring.advance();
+      }
+    }
+  }
+  cp_async_wait<0>();
+}
+
+__device__ __forceinline__ uint32_t twice(uint32_t bits) { return bits | bits << 16; }
+
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const T2 d = __hmul2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const T2 d =
+      __hfma2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b), *reinterpret_cast<const T2*>(&c));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+
+// Of a lane's four outputs, in both halves. With kSplit a float16 scale is the sum of two bfloat16.
+template <class T, bool kSplit>
+struct Factors {
+  uint32_t zero[4], scale[4], rest[kSplit ? 4 : 1];
+  __device__ __forceinline__ void set(const uint2& scales, uint32_t zeros) {
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const uint32_t bits = (b < 2 ? scales.x : scales.y) >> 16 * (b % 2) & 0xffff;
+      zero[b] = int4_zero_pair<T>(zeros, b);
+      if constexpr (kSplit) {
+        const float value = __half2float(__ushort_as_half(uint16_t(bits)));
+        const __nv_bfloat16 high = __float2bfloat16(value), low = __float2bfloat16(value - __bfloat162float(high));
+        scale[b] = twice(__bfloat16_as_ushort(high)), rest[b] = twice(__bfloat16_as_ushort(low));
+      } else {
+        scale[b] = twice(bits);
+      }
+    }
+  }
+  __device__ __forceinline__ void apply(const uint4& words, uint32_t (&a)[2][2][4]) const {
+    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) {
+        uint32_t& to = a[b / 2][pair / 2][b % 2 + pair % 2 * 2];
+        const uint32_t number = and_xor(w[b] >> 4 * pair, 0x000f000fu, int4_bias<T>() | 0x00080008u);
+        const uint32_t whole = subtract_pair<T>(number, zero[b]);
+        if constexpr (kSplit)
+          to = fma_pair<T>(whole, scale[b], multiply_pair<T>(whole, rest[b]));
+        else
+          to = multiply_pair<T>(whole, scale[b]);
+      }
+  }
+};
+
+// kFine: the slices of a stage may be of two groups.
+template <class S, class T, bool kSplit, bool kFine>
+__device__ __forceinline__ void consume(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
+                                        const unsigned char* shared, int group, int warp, int lane) {
+  constexpr int kRows = S::kRows, kThreads = 128 * S::kConsumers;
+  const int t = lane & 3, g = lane >> 2, output = lane_output(group, warp, lane);
+  const uint64_t x_base = wgmma::descriptor(smem_address(shared), 16);
+  const unsigned char* const words = shared + S::kXBytes + (group * 4 + warp) * 1024 + t * 128 + (g ^ 2 * t) * 16;
+  const unsigned char* const scales = shared + S::kXBytes + S::kWordBytes + 2 * output;
+  const unsigned char* const zeros = shared + S::kXBytes + S::kWordBytes + 2 * S::kOutputs + output;
+
+  auto release = [&](int index) {
+    __syncwarp();
+    if (lane == 0) wgmma::barrier_arrive(barriers.empty[index]);
+  };
+  wgmma::Ring<S::kStages> ring;
+  Cursor cursor(work);
+  Segment s;
+  while (cursor.next(work, s)) {
+    float sum[2][kRows / 2];
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) sum[part][i] = 0.f;
+      wgmma::pin(sum[part]);
+    }
+    uint32_t a[2][2][2][4];
+    Factors<T, kSplit> factors;
+    int left = 0, span = work.of_group - s.begin * 2 % work.of_group;  // slices of this group, of the next
+    int before = -1;
+#pragma unroll 1
+    for (int stage = s.begin; stage < s.end; ++stage) {
+      wgmma::barrier_wait(barriers.full[ring.index], ring.parity);
+      const int base = ring.index * S::kStageBytes;
+      const uint64_t x = x_base + base / 16;
+      const uint4 both[2] = {*reinterpret_cast<const uint4*>(words + base),
+                             *reinterpret_cast<const uint4*>(words + base + 512)};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (kFine || i == 0) {
+          if (left == 0) {
+            const int at = base + i * S::kFactorBytes;
+            factors.set(*reinterpret_cast<const uint2*>(scales + at),
+                        p.zeros ? *reinterpret_cast<const uint32_t*>(zeros + at) : 0x08080808u);
+            left = span, span = work.of_group;
+          }
+          left -= kFine ? 1 : 2;
+        }
+        factors.apply(both[i], a[i]);
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+          for (int part = 0; part < 2; ++part)
+            wgmma::multiply_add<T, kRows, false>(sum[part], a[i][part][step], x + i * 4 + step * 2);
+        wgmma::commit();
+        wgmma::wait<1>();  // the slice before is done
+        if (i == 0 && before >= 0) release(before);
+      }
+      before = ring.index;
+      ring.advance();
+    }
+    wgmma::wait<0>();
+#pragma unroll
+    for (int part = 0; part < 2; ++part) wgmma::pin(sum[part]);
+    release(before);
+
+    if (s.slot >= 0) {
+      const int thread = group * 128 + warp * 32 + lane;
+      float4* const to = work.partial + int64_t(s.slot) * (kRows / 4 * kThreads) + thread;
+#pragma unroll
+      for (int part = 0; part < 2; ++part)
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j)
+          to[(part * (kRows / 8) + j) * kThreads] =
+              make_float4(sum[part][4 * j], sum[part][4 * j + 1], sum[part][4 * j + 2], sum[part][4 * j + 3]);
+    } else {
+      const int tile_n = s.tile / work.row_tiles, tile_m = s.tile - tile_n * work.row_tiles;
+      const int64_t n = int64_t(tile_n) * S::kOutputs + output;
+      const int64_t row = int64_t(tile_m) * kRows + 2 * t;
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float out[4];
+#pragma unroll
+          for (int b = 0; b < 4; ++b) out[b] = sum[b / 2][4 * j + b % 2 * 2 + e];
+          store_outputs<T, 4>(p, row + 8 * j + e, n, out);
+        }
+    }
+  }
+}
+
+#endif
+
+template <class S, class T, bool kSplit, bool kFine>
+__global__ void __launch_bounds__(S::kThreads, 1)
+    int4_wgmma_kernel(const __grid_constant__ Int4Params p, const __grid_constant__ Work work) {
+#ifdef PAGEDKV_WGMMA
+  extern __shared__ unsigned char dynamic_shared[];
+  __shared__ Barriers<S::kStages> barriers;
+  unsigned char* const shared = dynamic_shared + (-smem_address(dynamic_shared) & 1023u);
+  const int lane = threadIdx.x & 31;
+  const int warp = __shfl_sync(~0u, int(threadIdx.x >> 5), 0);  // tells the compiler that it is uniform
+  release_next();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      wgmma::barrier_init(barriers.full[i], kArrivals);
+      wgmma::barrier_init(barriers.empty[i], 4 * S::kConsumers);
+    }
+    wgmma::fence_async_proxy();
+  }
+  __syncthreads();
+  if (warp < 4) {
+    wgmma::give_registers<kProducerRegisters>();
+    produce<S, kFine>(p, work, barriers, smem_address(shared), warp, lane);
+  } else {
+    wgmma::take_registers<(65536 / 128 - kProducerRegisters) / S::kConsumers / 8 * 8>();
+    consume<S, T, kSplit, kFine>(p, work, barriers, shared, warp / 4 - 1, warp % 4, lane);
+  }
+#endif
+}
+
+// The sums of tiles that several CTAs had a part of, in the order of their inputs. One CTA for 8 rows of a tile, whose
+// threads have the outputs of the consumers.
+template <class S, class T>
+__global__ void __launch_bounds__(128 * S::kConsumers)
+    reduce_kernel(const __grid_constant__ Int4Params p, const __grid_constant__ Work work) {
+  const int tile = int(blockIdx.x), j = int(blockIdx.y), thread = int(threadIdx.x);
+  const int first = tile * work.stages / work.per, last = ((tile + 1) * work.stages - 1) / work.per;
+  release_next();
+  wait_for_previous();
+  if (first == last) return;
+  float4 sum[2] = {};
+#pragma unroll 4
+  for (int c = first; c <= last; ++c) {
+    const int slot = 2 * c + (c * work.per < tile * work.stages ? 1 : 0);
+    const float4* const from = work.partial + int64_t(slot) * (S::kRows / 4 * 128 * S::kConsumers) + thread;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const float4 v = from[(part * (S::kRows / 8) + j) * (128 * S::kConsumers)];
+      sum[part].x += v.x, sum[part].y += v.y, sum[part].z += v.z, sum[part].w += v.w;
+    }
+  }
+  const int tile_n = (work.whole + tile) / work.row_tiles, tile_m = work.whole + tile - tile_n * work.row_tiles;
+  const int64_t n = int64_t(tile_n) * S::kOutputs + lane_output(thread / 128, thread / 32 % 4, thread % 32);
+  const int64_t row = int64_t(tile_m) * S::kRows + 8 * j + 2 * (thread & 3);
+  float even[4] = {sum[0].x, sum[0].z, sum[1].x, sum[1].z}, odd[4] = {sum[0].y, sum[0].w, sum[1].y, sum[1].w};
+  store_outputs<T, 4>(p, row, n, even);
+  store_outputs<T, 4>(p, row + 1, n, odd);
+}
+
+// Where it is faster than int4_mma.cu, or than cuBLAS on expanded weights: by weights for each SM. Measured on an H200.
+bool pays(const Int4Params& p, int sms) {
+  const int64_t weights = p.n * p.k / sms;
+  return p.m <= 512 && weights >= (p.m <= 32 ? 300000 : p.m <= 64 ? 150000 : 60000);
+}
+
+template <class S, class T, bool kSplit, bool kFine>
+void launch(const Int4Params& p, const Tensor& like, const Int4Device& device, cudaStream_t stream) {
+  const int sms = device.sms;
+  Work work{};
+  const int64_t row_tiles = (p.m + S::kRows - 1) / S::kRows, tiles = (p.n + S::kOutputs - 1) / S::kOutputs * row_tiles;
+  work.row_tiles = int(row_tiles), work.rows = row_tiles * S::kRows;
+  work.slices = int(p.k_padded / kInt4Block), work.stages = (work.slices + 1) / 2;
+  work.of_group = p.group >= p.k ? 2 * work.stages : int(p.group / kInt4Block);
+  // Whole rounds of tiles; what is left is cut along K, so that all CTAs end together.
+  const int64_t left = tiles % sms, rounds = tiles / sms;
+  int grid = int(std::min<int64_t>(sms, tiles));
+  const int part = std::max(std::min(2, work.stages), int((left * work.stages + sms - 1) / sms));
+  if (left > 0 && part + 10 < work.stages) {  // adding up takes about 10
+    work.whole = int(rounds * sms), work.units = int(left * work.stages), work.per = part;
+    grid = rounds > 0 ? sms : (work.units + part - 1) / part;
+  } else {
+    work.whole = int(tiles), work.per = work.stages;
+  }
+  const bool split = work.units > 0;
+  const int64_t x_bytes = work.stages * work.rows * 128;
+  const int64_t slots = split ? 2 * ((work.units + work.per - 1) / work.per) : 0;
+  const Tensor workspace = torch::stable::new_empty(
+      like, {x_bytes + slots * S::kRows / 4 * 128 * S::kConsumers * int64_t(sizeof(float4))}, ScalarType::Byte);
+  work.x = static_cast<const unsigned char*>(workspace.const_data_ptr());
+  work.partial = reinterpret_cast<float4*>(static_cast<unsigned char*>(workspace.mutable_data_ptr()) + x_bytes);
+  const int64_t pieces = work.rows * 2 * work.stages;
+  launch_early(device, arrange_kernel<T>, dim3(unsigned((pieces + 255) / 256)), 256, 0, stream, p,
+               static_cast<uint4*>(workspace.mutable_data_ptr()), work.rows, 2 * work.stages);
+  const auto kernel = int4_wgmma_kernel<S, T, kSplit, kFine>;
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
+  launch_early(device, kernel, dim3(unsigned(grid)), S::kThreads, S::kBytes, stream, p, work);
+  if (split)
+    launch_early(device, reduce_kernel<S, T>, dim3(unsigned(left), unsigned(S::kRows / 8)), 128 * S::kConsumers, 0,
+                 stream, p, work);
+}
+
+}  // namespace
+
+template <>
+bool launch_int4_wgmma<PAGEDKV_TYPE>(const Int4Params& p, const Tensor& like, cudaStream_t stream) {
+  using T = PAGEDKV_TYPE;
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  const auto aligned = [](const void* q) { return reinterpret_cast<uintptr_t>(q) % 8 == 0; };
+  const bool scales = p.scale_type == ScalarType::Half || (!kHalf && p.scale_type == ScalarType::BFloat16);
+  if (p.offsets || !scales || p.n % 4 != 0 || p.k == 0 || !aligned(p.scales) || !aligned(p.zeros) || !aligned(p.bias) ||
+      !aligned(p.residual) || p.m > (1 << 24) || p.n > (1 << 30))
+    return false;
+  const Int4Device& d = int4_device();
+  if (!d.has_wgmma || !pays(p, d.sms)) return false;
+  auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    using S = Shape<kRows>;
+    const bool fine = p.group < p.k && p.group % kInputs != 0;
+    if constexpr (kHalf)
+      (fine ? launch<S, T, false, true> : launch<S, T, false, false>)(p, like, d, stream);
+    else if (p.scale_type == ScalarType::Half)
+      (fine ? launch<S, T, true, true> : launch<S, T, true, false>)(p, like, d, stream);
+    else
+      (fine ? launch<S, T, false, true> : launch<S, T, false, false>)(p, like, d, stream);
+  };
+  if (p.m <= 16)
+    run(std::integral_constant<int, 16>());
+  else if (p.m <= 32)
+    run(std::integral_constant<int, 32>());
+  else if (p.m <= 64)
+    run(std::integral_constant<int, 64>());
+  else
+    run(std::integral_constant<int, 128>());
+  return true;
+}
+
+}  // namespace pagedkv
