@@ -13,3 +13,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__nv_bfl
 inline __nv_bfloat162 __hsub2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return {__nv_bfloat16(float(a.x) - float(b.x)), __nv_bfloat16(float(a.y) - float(b.y))};
 }
+// the larger, or what is not NaN
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__nv_bfloat16(fmaxf(float(a.x), float(b.x))), __nv_bfloat16(fmaxf(float(a.y), float(b.y)))};
+}
