@@ -32,16 +32,33 @@ __device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
 struct RowScale {
   float scale, inverse;
 };
-// Over the `width` lanes that hold the row (all lanes of the warp must arrive). The largest magnitude is taken on the
-// bits: those of positive floats are in order, and a NaN tops them all, so it reaches the scale.
-template <class C, class T>
-__device__ __forceinline__ RowScale row_scale(const Vec<T, kChunk>& x, int width) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) bits = max(bits, __float_as_uint(to_float(x.v[i])) & 0x7fffffffu);
-  const float amax = __uint_as_float(group_reduce(bits, width, Max{}));
+template <class C>
+__device__ __forceinline__ RowScale scale_of(float amax) {
   const float scale = __fdiv_rn(amax, kQuantMax<C>);
   return {scale, scale >= 1.17549435e-38f ? __fdiv_rn(1.f, scale) : 0.f};
+}
+// Of R rows of N chunks a lane, each held by `width` lanes (all lanes of the warp must arrive); nothing where C is not
+// quantised. The largest magnitude is taken on the bits: those of positive floats are in order, and a NaN tops them
+// all, so it reaches the scale. Rows go through the shuffles and divisions side by side, which are all latency.
+template <class C, int R, int N, class T>
+__device__ __forceinline__ void row_scales(const Vec<T, kChunk> (&x)[R][N], int width, RowScale (&scales)[R]) {
+  if constexpr (kQuantized<C>) {
+    uint32_t bits[R] = {};
+#pragma unroll
+    for (int r = 0; r < R; ++r)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) bits[r] = max(bits[r], __float_as_uint(to_float(x[r][n].v[i])) & 0x7fffffffu);
+#pragma unroll
+    for (int o = 16; o > 0; o /= 2) {
+      if (o >= width) continue;
+#pragma unroll
+      for (int r = 0; r < R; ++r) bits[r] = max(bits[r], __shfl_xor_sync(kFullWarp, bits[r], o));
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) scales[r] = scale_of<C>(__uint_as_float(bits[r]));
+  }
 }
 
 // Stores one thread's chunk; `inverse` is used by a quantised cache only.
@@ -82,17 +99,15 @@ __device__ __forceinline__ int64_t cache_offset(const CacheView& c, const CacheS
   return (slot >> s.block_shift) * c.stride_block + (slot & s.block_mask) * c.stride_token + head * c.stride_head;
 }
 
-// Writes the row of (slot, head), one chunk a thread. Every lane of the warp must arrive; lanes that hold nothing pass
-// zeros and keep = false.
-template <class C, class T>
+// Writes the row of (slot, head), N chunks a lane, `apart` elements from each other.
+template <class C, class T, int N>
 __device__ __forceinline__ void write_row(const CacheView& c, const CacheShape& s, int64_t slot, int head, int lane,
-                                          int width, const Vec<T, kChunk>& x, bool keep) {
-  RowScale q{};
-  if constexpr (kQuantized<C>) q = row_scale<C>(x, width);
-  if (!keep) return;
-  store_chunk<C>(static_cast<C*>(c.data) + cache_offset(c, s, slot, head) + lane * kChunk, x, q.inverse);
+                                          const Vec<T, kChunk> (&x)[N], int apart, const RowScale& scale) {
+  C* const to = static_cast<C*>(c.data) + cache_offset(c, s, slot, head) + lane * kChunk;
+#pragma unroll
+  for (int n = 0; n < N; ++n) store_chunk<C>(to + n * apart, x[n], scale.inverse);
   if constexpr (kQuantized<C>) {
-    if (lane == 0) c.scale[slot * s.heads + head] = q.scale;
+    if (lane == 0) c.scale[slot * s.heads + head] = scale.scale;
   }
 }
 

@@ -1,10 +1,11 @@
 // Device helpers of the row-wise kernels: vector loads and stores, index arithmetic, reductions over a group of
-// threads; and on the host, a strided tensor seen as rows.
+// threads, a ring of rows on their way to shared memory; and on the host, a strided tensor seen as rows.
 #pragma once
 
 #include <algorithm>
 
 #include "cuda_common.h"
+#include "tensor_core.cuh"
 
 namespace pagedkv {
 
@@ -46,7 +47,19 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& x) {
     }
   }
 }
-// The same with the alignment known only as a template flag: N scalar accesses where `Aligned` is false.
+// Zeros where !valid, by whole registers: set one by one, 16-bit elements take a register each.
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> load_or_zero(const T* p, bool valid) {
+  static_assert(sizeof(T) * N % kVectorBytes == 0);
+  uint4 words[sizeof(T) * N / kVectorBytes];
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T)) * N / kVectorBytes; ++i)
+    words[i] = valid ? reinterpret_cast<const uint4*>(p)[i] : uint4{0, 0, 0, 0};
+  Vec<T, N> r;
+  memcpy(&r, words, sizeof r);
+  return r;
+}
+// load_vec with the alignment known only as a template flag: N scalar accesses where `Aligned` is false.
 template <bool Aligned, class T, int N>
 __device__ __forceinline__ Vec<T, N> load_any(const T* p) {
   if constexpr (Aligned) {
@@ -66,6 +79,32 @@ __device__ __forceinline__ void store_any(T* p, const Vec<T, N>& x) {
 #pragma unroll
     for (int i = 0; i < N; ++i) p[i] = x.v[i];
   }
+}
+
+// N floats as T, 16-bit ones by pairs: one at a time, they go through a unit of a quarter of the speed.
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> from_floats(const float* x) {
+  Vec<T, N> r;
+  if constexpr (N % 2 == 0 && std::is_same_v<T, __nv_bfloat16>) {
+    __nv_bfloat162 pairs[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) pairs[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+    memcpy(&r, pairs, sizeof r);
+  } else if constexpr (N % 2 == 0 && std::is_same_v<T, __half>) {
+    __half2 pairs[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) pairs[i] = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+    memcpy(&r, pairs, sizeof r);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) r.v[i] = from_float<T>(x[i]);
+  }
+  return r;
+}
+template <class T, int N>
+__device__ __forceinline__ void to_floats(const Vec<T, N>& x, float* out) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
 }
 
 // N values as float of a vector that holds either T or float (weights, cos and sin come in both); p aligned to the
@@ -93,6 +132,8 @@ inline bool is_aligned(const Tensor& x, std::initializer_list<int64_t> dims) {
 
 // index arithmetic ---------------------------------------------------------------------------------------------------
 
+inline unsigned ceil_div(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }
+
 // n / d and n % d for n >= 0: 32-bit division, ten times cheaper than 64-bit, wherever n allows.
 struct Quotient {
   int64_t q, r;
@@ -101,6 +142,27 @@ __device__ __forceinline__ Quotient divide(int64_t n, int64_t d) {
   if (uint64_t(n | d) >> 32) return {n / d, n % d};
   const uint32_t q = uint32_t(n) / uint32_t(d);
   return {int64_t(q), int64_t(uint32_t(n) - q * uint32_t(d))};
+}
+
+// A divisor known on the host: below 2^31 a product and a shift instead of twenty instructions.
+// Granlund and Montgomery, Division by invariant integers using multiplication (PLDI 1994).
+struct Divisor {
+  int64_t d = 1;
+  uint32_t magic = 0;
+  int shift = 0;
+
+  Divisor() = default;
+  Divisor(int64_t divisor) : d(divisor) {
+    if (d <= 1 || d >> 31) return;  // 1 is told apart; above 2^31 magic 0 gives the quotient 0
+    while ((int64_t(1) << shift) < d) ++shift;
+    magic = uint32_t(((uint64_t(1) << (31 + shift)) + uint64_t(d) - 1) / uint64_t(d));
+    --shift;
+  }
+};
+__device__ __forceinline__ Quotient divide(int64_t n, const Divisor& by) {
+  if (uint64_t(n) >> 31) return {n / by.d, n % by.d};
+  const uint32_t q = by.d == 1 ? uint32_t(n) : __umulhi(uint32_t(n), by.magic) >> by.shift;
+  return {int64_t(q), int64_t(uint32_t(n) - q * uint32_t(by.d))};
 }
 
 // reductions ---------------------------------------------------------------------------------------------------------
@@ -114,17 +176,33 @@ __device__ __forceinline__ T group_reduce(T x, int width, Op op) {
   for (int o = width / 2; o > 0; o >>= 1) x = op(x, __shfl_xor_sync(kFullWarp, x, o));
   return x;
 }
+// What row_reduce needs in shared memory; a different one for each call of a kernel (one barrier suffices then).
+template <class T>
+struct alignas(kVectorBytes) Scratch {
+  T warp[32];
+};
 // Over the threads with one threadIdx.y: blockDim.x is a power of two up to 32, or a multiple of 32 with blockDim.y
-// = 1. `scratch`: 32 values in shared memory, a different array for each call of a kernel (one barrier suffices then).
+// = 1. Every thread sums up the warps' results by itself: 60 cycles for 8 warps, where shuffles took 150.
 template <class T, class Op>
-__device__ __forceinline__ T row_reduce(T x, T* scratch, T identity, Op op) {
-  x = group_reduce(x, min(blockDim.x, 32), op);
-  if (blockDim.x <= 32) return x;
-  const int lane = threadIdx.x % 32;
-  if (lane == 0) scratch[threadIdx.x / 32] = x;
+__device__ __forceinline__ T row_reduce(T x, Scratch<T>& scratch, T identity, Op op) {
+  constexpr int N = kVec<T>;
+  if (blockDim.x < 32) return group_reduce(x, blockDim.x, op);
+#pragma unroll
+  for (int o = 16; o > 0; o >>= 1) x = op(x, __shfl_xor_sync(kFullWarp, x, o));
+  if (blockDim.x == 32) return x;
+  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  if (lane == 0) scratch.warp[threadIdx.x / 32] = x;
+  if (threadIdx.x < 32 && lane >= warps) scratch.warp[lane] = identity;
   __syncthreads();
-  x = lane < int(blockDim.x / 32) ? scratch[lane] : identity;
-  return group_reduce(x, 32, op);
+  x = identity;
+#pragma unroll
+  for (int w = 0; w < 32; w += N) {
+    if (w >= warps) break;
+    const Vec<T, N> part = load_vec<T, N>(scratch.warp + w);
+#pragma unroll
+    for (int i = 0; i < N; ++i) x = op(x, part.v[i]);
+  }
+  return x;
 }
 
 struct Sum {
@@ -145,10 +223,12 @@ struct Max {
 // [..., N] as rows of unit stride: row r starts at element (r / inner) * outer_stride + (r % inner) * inner_stride. Two
 // levels take the views of a fused projection ([tokens, heads, D] inside [tokens, 3 * heads * D]) without a copy.
 struct RowMap {
-  int64_t rows, inner, outer_stride, inner_stride;
+  int64_t rows;
+  Divisor inner;
+  int64_t outer_stride, inner_stride;
 };
 __device__ __forceinline__ int64_t row_offset(const RowMap& m, int64_t row) {
-  if (m.rows == m.inner) return row * m.inner_stride;
+  if (m.rows == m.inner.d) return row * m.inner_stride;  // one level
   const Quotient at = divide(row, m.inner);
   return at.q * m.outer_stride + at.r * m.inner_stride;
 }
@@ -175,16 +255,84 @@ inline Rows as_rows(const Tensor& x) {
       ok = false;
     }
   }
-  if (!ok && x.numel() == 0) return {x, {0, 1, 0, 0}, false};  // contiguous() leaves its strides as they are
+  if (!ok && x.numel() == 0) return {x, {0, {}, 0, 0}, false};  // contiguous() leaves its strides as they are
   if (!ok) return as_rows(torch::stable::contiguous(x));
   bool aligned = is_aligned(x.const_data_ptr());
   for (int64_t s : stride) aligned = aligned && s * int64_t(x.element_size()) % kVectorBytes == 0;
-  return {x, {size[0] * size[1], size[0], stride[1], stride[0]}, aligned};
+  return {x, {size[0] * size[1], Divisor(size[0]), stride[1], stride[0]}, aligned};
+}
+
+// a ring of rows -----------------------------------------------------------------------------------------------------
+//
+// For kernels whose blocks go through many rows, or groups of them: asynchronous copies into shared memory run kStages
+// ahead, so that the reduction over one row does not leave memory idle. A thread copies and reads its own 16-byte
+// pieces only: no barrier. Piece i of a thread in slot s lies at ((s * pieces + i) * threads + thread) * 16: no bank
+// conflict. Pieces beyond the row's end are cleared once, and never copied. In a loop: ready(), piece() for all pieces,
+// then (the values being used) copy() for those of the group that takes the slot, and advance().
+struct RowRing {
+  static constexpr int kStages = 3;
+
+  uint8_t* base;
+  uint32_t address;
+  int step, stages, slot_bytes, slot = 0;  // bytes; slot: where the current one begins
+
+  __device__ __forceinline__ RowRing(uint8_t* shared, int pieces, int stages_) : stages(stages_) {
+    const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
+    step = int(blockDim.x * blockDim.y) * kVectorBytes;
+    slot_bytes = pieces * step;
+    base = shared + thread * kVectorBytes;
+    address = smem_address(base);
+  }
+  __device__ __forceinline__ void clear(int i) {
+    for (int s = 0; s < stages; ++s) *reinterpret_cast<uint4*>(base + s * slot_bytes + i * step) = uint4{0, 0, 0, 0};
+  }
+  __device__ __forceinline__ void copy(int i, const void* source) {
+    cp_async<kVectorBytes>(address + uint32_t(slot + i * step), source, true);
+  }
+  __device__ __forceinline__ void advance() {
+    cp_async_commit();
+    slot += slot_bytes;
+    if (slot == stages * slot_bytes) slot = 0;
+  }
+  // Until this slot's pieces have arrived.
+  __device__ __forceinline__ void ready() const {
+    if (stages == 3)
+      cp_async_wait<2>();
+    else if (stages == 2)
+      cp_async_wait<1>();
+    else
+      cp_async_wait<0>();
+  }
+  template <class T>
+  __device__ __forceinline__ Vec<T, kVec<T>> piece(int i) const {
+    return *reinterpret_cast<const Vec<T, kVec<T>>*>(base + slot + i * step);
+  }
+};
+
+// The shape of a launch whose blocks of `threads` go through `groups` with `bytes` each: `blocks` fill the device once,
+// with even shares. stages 0: a group does not fit into shared memory.
+struct RingShape {
+  unsigned blocks;
+  int stages;
+  size_t shared;
+};
+template <class... P>
+RingShape ring_shape(void (*kernel)(P...), int64_t groups, int threads, int64_t bytes, int device) {
+  int sms = 0, most = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  constexpr int kOwn = 2048;  // of the kernel's own shared memory, at most
+  const int64_t resident = int64_t(sms) * std::max(1, 1024 / threads);
+  const int64_t each = (groups + resident - 1) / resident;  // groups of a block
+  RingShape shape{ceil_div(groups, std::max<int64_t>(each, 1)), 0, 0};
+  shape.stages = int(std::min<int64_t>({RowRing::kStages, each, (most - kOwn) / std::max<int64_t>(bytes, 1)}));
+  shape.shared = size_t(shape.stages * bytes);
+  if (shape.shared + kOwn > (48u << 10))
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kOwn));
+  return shape;
 }
 
 // contiguous, whatever x is
 inline Tensor new_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
-
-inline unsigned ceil_div(int64_t a, int64_t b) { return unsigned((a + b - 1) / b); }
 
 }  // namespace pagedkv

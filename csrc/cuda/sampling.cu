@@ -106,7 +106,7 @@ __device__ __forceinline__ uint32_t order_key(float x) {
   return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
-__device__ __forceinline__ float max_of_row(const SampleParams& p, const Row& r, float* scratch) {
+__device__ __forceinline__ float max_of_row(const SampleParams& p, const Row& r, Scratch<float>& scratch) {
   float best = -INFINITY;
   for (int i = threadIdx.x; i < p.pieces; i += kBlock) best = fmaxf(best, p.piece_max[r.row * p.pieces + i]);
   return row_reduce(best, scratch, -INFINITY, Max{});
@@ -202,7 +202,7 @@ __device__ __forceinline__ Thresholds resolve(const SampleParams& p, const Row& 
 
 template <class T>
 __global__ void __launch_bounds__(kBlock) row_max_kernel(const SampleParams p) {
-  __shared__ float scratch[32];
+  __shared__ Scratch<float> scratch;
   const Row r = this_row(p);
   if (r.piece == 0 && p.histograms) {
     unsigned long long* h = p.histograms + r.row * kHistograms * kBins;
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kBlock) descend_kernel(const SampleParams p, i
   // A bin's 64-bit weight as two words: shared memory adds 32-bit integers natively, and the carry is known from the
   // value that the add returns.
   __shared__ uint32_t low[kBins], high[kBins];
-  __shared__ float scratch[32];
+  __shared__ Scratch<float> scratch;
   const Row r = this_row(p);
   const Filter f = step < p.k_steps ? Filter::kTopK : Filter::kTopP;
   const int digit = step % kDigits, shift = digit_shift(digit);
@@ -322,8 +322,8 @@ __device__ __forceinline__ void race_item(const float* z, int item, const Philox
 
 template <class T, bool sampled>
 __global__ void __launch_bounds__(kBlock) race_kernel(const SampleParams p) {
-  __shared__ unsigned long long scratch[32];
-  __shared__ float max_scratch[32];
+  __shared__ Scratch<unsigned long long> scratch;
+  __shared__ Scratch<float> max_scratch;
   const Row r = this_row(p);
   Keep keep{};
   PhiloxStream stream{};

@@ -22,3 +22,7 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
 inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
 inline float __bfloat162float(__nv_bfloat16 x) { return float(x); }
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.x; }
+// the larger, or what is not NaN
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {__nv_bfloat16(fmaxf(float(a.x), float(b.x))), __nv_bfloat16(fmaxf(float(a.y), float(b.y)))};
+}

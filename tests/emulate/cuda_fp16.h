@@ -38,3 +38,7 @@ inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
 inline float2 __half22float2(__half2 h) { return {float(h.x), float(h.y)}; }
 inline float __half2float(__half h) { return float(h); }
 inline __half __ushort_as_half(unsigned short bits) { return __half_raw{bits}; }
+// the larger, or what is not NaN
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return {__half(fmaxf(float(a.x), float(b.x))), __half(fmaxf(float(a.y), float(b.y)))};
+}

@@ -313,7 +313,10 @@ template <class T>
 T atomicAdd(T* p, T x) {
   return std::exchange(*p, T(*p + x));
 }
-inline int atomicMax(int* p, int x) { return std::exchange(*p, *p > x ? *p : x); }
+template <class T>
+T atomicMax(T* p, T x) {
+  return std::exchange(*p, *p > x ? *p : x);
+}
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------
 
@@ -341,6 +344,10 @@ inline float approximate(float y, int ulps) {
   return __uint_as_float(bits + hash % (2 * ulps + 1) - ulps);
 }
 inline float __fdividef(float a, float b) { return approximate(a / b, 2); }
+inline float __expf(float x) {
+  const float y = expf(x);
+  return y < 0x1p-100f ? y : approximate(y, 2 + int(fabsf(x)));
+}
 inline float __logf(float x) { return approximate(logf(x), 3); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __float2int_rn(float x) {
@@ -348,6 +355,8 @@ inline int __float2int_rn(float x) {
   const double r = nearbyint(double(x));
   return r >= 0x1p31 ? 0x7fffffff : r < -0x1p31 ? -0x7fffffff - 1 : int(r);
 }
+inline unsigned __float2uint_rz(float x) { return x >= 0x1p32f ? ~0u : x > 0 ? unsigned(x) : 0; }  // NaN: 0
+inline float rsqrtf(float x) { return approximate(1 / sqrtf(x), 2); }
 inline unsigned long long __float2ull_rn(float x) {
   if (x != x) return 1ull << 63;
   return x >= 0x1p64f ? ~0ull : x < 0 ? 0 : static_cast<unsigned long long>(nearbyint(double(x)));

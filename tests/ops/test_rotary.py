@@ -173,3 +173,28 @@ def test_fused_write_refuses_a_slot_outside_before_rotating() -> None:
     with pytest.raises(RuntimeError, match="rotary_and_cache: slot_mapping: got slot 99 for token 1"):
         ops.rotary_and_cache(*args)
     assert all(map(same_bits, args, before))
+
+
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED], ids=str)
+@pytest.mark.parametrize(("heads", "d"), [((4, 2, 2), 64), ((3, 2, 2), 96)])
+def test_many_tokens_at_once(device: str, heads: tuple[int, int, int], d: int, cache_dtype: torch.dtype | None) -> None:
+    """Enough rows for the kernel that large batches take, a head more than it pairs up: the bits of the two ops."""
+    new, tokens = Inputs(device), 500
+    fused = new.normal(tokens, sum(heads) * d, dtype=torch.bfloat16)
+    cos, sin = new.rotation(tokens, d // 2, torch.bfloat16)
+    slots = new.permutation(640, tokens)
+    slots[7], slots[8] = -1, 640
+    found = []
+    for together in (True, False):
+        query, key, value = (x.unflatten(-1, (-1, d)) for x in fused.clone().split([n * d for n in heads], -1))
+        new = Inputs(device, 1)
+        k, v, k_scale, v_scale = new.cache(40, 16, heads[1], d, cache_dtype or torch.bfloat16)
+        scales = {"k_scale": k_scale, "v_scale": v_scale}
+        if together:
+            ops.rotary_and_cache(query, key, value, cos, sin, k, v, slots, **scales)
+        else:
+            ops.rotary_embedding(query, key, cos, sin)
+            ops.reshape_and_cache(key, value, k, v, slots, **scales)
+        found.append([query, k, v, *(x for x in (k_scale, v_scale) if x is not None)])
+    for got, want in zip(*found, strict=True):
+        assert same_bits(got, want)

@@ -1,0 +1,68 @@
+"""Kernels that start while the one in front still runs (programmatic dependent launch) see what it wrote."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ops.accuracy import same_bits
+from ops.samples_small import Inputs
+from torch import Tensor
+
+from torch_pagedkv import ops
+
+pytestmark = pytest.mark.gpu
+
+
+def chain(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, wait: bool) -> list[Tensor]:
+    """A large kernel, small ones on what its last rows left, and writes over what the one in front still reads."""
+
+    def step() -> None:
+        if wait:
+            torch.cuda.synchronize()
+
+    found: list[Tensor] = []
+    cache = [torch.zeros(8, 16, 4, 64, device=x.device, dtype=x.dtype) for _ in range(2)]
+    mapping = torch.stack([slots.new_zeros(()), slots.new_full((), 7)])[None]
+    h = x
+    for _ in range(6):
+        step()
+        y, h = ops.add_rms_norm(h, x, weight, 1e-5)
+        step()
+        z = ops.silu_and_mul(y[-64:], h[-64:])
+        step()
+        heads = z.view(64, -1, 64)
+        query, key, value = heads[:, :4], heads[:, 4:8], heads[:, 8:12]
+        ops.reshape_and_cache(key, value, *cache, slots)
+        step()
+        ops.rotary_and_cache(query, key, value, cos, sin, *cache, slots.flip(0))
+        step()
+        ops.copy_blocks(cache, mapping)
+        step()
+        q, scale = ops.quantize_per_token(z, dtype=torch.int8)
+        step()
+        tokens = ops.sample(z.repeat(1, 8), slots, slots, top_k=torch.full_like(slots, 50, dtype=torch.int32))
+        step()
+        h[-64:] = z + tokens[:, None] * 1e-6
+        found += [y[-64:].clone(), z, q, scale, tokens, cache[0].clone(), cache[1].clone()]
+    return found
+
+
+def test_a_chain_equals_its_steps() -> None:
+    """Eager, and from a CUDA graph replayed again and again: the bits of a chain that waits after each kernel."""
+    new = Inputs("cuda")
+    x, weight = new.normal(6000, 1024, dtype=torch.bfloat16), new.normal(1024, dtype=torch.bfloat16)
+    cos, sin = new.rotation(64, 32, torch.bfloat16)
+    slots = new.permutation(128, 64)
+    want = chain(x, weight, cos, sin, slots, wait=True)
+    for _ in range(5):
+        for got, exact in zip(chain(x, weight, cos, sin, slots, wait=False), want, strict=True):
+            assert same_bits(got, exact)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(x, weight, cos, sin, slots, wait=False)
+    for _ in range(20):
+        for tensor in captured:
+            tensor.zero_()
+        graph.replay()
+        for got, exact in zip(captured, want, strict=True):
+            assert same_bits(got, exact)
