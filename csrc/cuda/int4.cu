@@ -10,6 +10,7 @@
 
 #include "int4.h"
 #include "reduce.cuh"
+#include "torch_linear.h"
 #include "wgmma.cuh"
 
 namespace pagedkv {
@@ -235,9 +236,9 @@ Tensor int4_dequantize_cuda(Tensor packed, Tensor scales, OptTensor zeros, OptTe
 
 namespace {
 
-// Many rows: the weights in the activations' dtype, and cuBLAS. `input`: p.x as it lies, rows of p.k (padded) inputs.
-// The weights of some outputs at a time, which bounds the scratch memory.
-void expand(const Int4Params& p, const Tensor& input, Tensor& y, cudaStream_t stream) {
+// x W^T + bias of many rows: the weights in the activations' dtype, and cuBLAS. `input`: p.x as it lies, rows of p.k
+// (padded) inputs. The weights of some outputs at a time, which bounds the scratch memory.
+void expand(const Int4Params& p, const Tensor& input, const OptTensor& bias, Tensor& y, cudaStream_t stream) {
   constexpr int64_t kScratch = int64_t(1) << 27;  // bytes
   const int64_t k = p.x_stride == p.k_padded && input.size(input.dim() - 1) == p.k_padded ? p.k_padded : p.k;
   Dequantize d{};
@@ -253,7 +254,12 @@ void expand(const Int4Params& p, const Tensor& input, Tensor& y, cudaStream_t st
     Tensor part = torch::stable::narrow(w, 0, 0, d.end_n - d.first_n);
     d.w = part.mutable_data_ptr();
     launch_dequantize(d, input.scalar_type(), stream);
-    Tensor product = torch::stable::matmul(rows, torch::stable::transpose(part, 0, 1));
+    OptTensor added;
+    if (bias.has_value()) {
+      Tensor whole = *bias;
+      added = torch::stable::narrow(whole, 0, d.first_n, d.end_n - d.first_n);
+    }
+    const Tensor product = torch_linear(rows, part, added);
     if (d.end_n - d.first_n == p.n) {
       y = torch::stable::reshape(product, y.sizes());
     } else {
@@ -318,7 +324,7 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
   if (narrow && p.m >= kInt4Wgmma && on_wgmma(p, input, stream)) return y;
   if (narrow && (p.m >= kInt4Expand || p.k == 0)) {
     if (p.k > 0)
-      expand(p, input, y, stream);
+      expand(p, input, bias, y, stream), p.bias = nullptr;
     else
       y = torch::stable::zero_(y);
     if (p.bias || p.residual || p.act != Act::kNone) {
