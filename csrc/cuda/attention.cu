@@ -132,7 +132,7 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
   if (query.scalar_type() == ScalarType::Float) {
     launch_simt(p, kv, splits, query, stream);
-  } else if (version == Version::kInvariant && rows > kRowTile) {
+  } else if (version == Version::kInvariant && rows > kRowTile && p.num_seqs > 0) {
     mixed(p, query, kv, stream);
   } else if (version == Version::kSplit || version == Version::kInvariant || suits_decode(p)) {
     launch_decode(p, query.scalar_type(), kv, splits, query, stream);
