@@ -14,8 +14,13 @@ using Pair = std::tuple<Tensor, Tensor>;
 using paged_attention_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
                                 Tensor seq_lens, Tensor query_start, Tensor query_len, int64_t max_query_len,
                                 double scale, bool causal, OptTensor alibi_slopes, int64_t sliding_window,
-                                double softcap, OptTensor sinks, OptTensor k_scale, OptTensor v_scale, bool return_lse);
-using paged_attention_v1_fn = paged_attention_fn;
+                                double softcap, OptTensor sinks, OptTensor k_scale, OptTensor v_scale, bool return_lse,
+                                bool batch_invariant);
+using paged_attention_v1_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
+                                   Tensor seq_lens, Tensor query_start, Tensor query_len, int64_t max_query_len,
+                                   double scale, bool causal, OptTensor alibi_slopes, int64_t sliding_window,
+                                   double softcap, OptTensor sinks, OptTensor k_scale, OptTensor v_scale,
+                                   bool return_lse);
 using paged_attention_v2_fn = Pair(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables,
                                    Tensor seq_lens, Tensor query_start, Tensor query_len, int64_t max_query_len,
                                    double scale, bool causal, OptTensor alibi_slopes, int64_t sliding_window,

@@ -322,10 +322,10 @@ namespace {
 Pair paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
                      Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
                      OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks, OptTensor k_scale,
-                     OptTensor v_scale, bool return_lse) {
-  return attend_pages("paged_attention", query, key_cache, value_cache, block_tables, seq_lens, query_start, query_len,
-                      max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks, k_scale, v_scale,
-                      return_lse);
+                     OptTensor v_scale, bool return_lse, bool batch_invariant) {
+  return paged("paged_attention", batch_invariant ? Split::kByLength : Split::kForThreads, 0, query, key_cache,
+               value_cache, block_tables, seq_lens, query_start, query_len, max_query_len, scale, causal, alibi_slopes,
+               sliding_window, softcap, sinks, k_scale, v_scale, return_lse);
 }
 
 Pair paged_attention_v1(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,

@@ -41,7 +41,6 @@ Pair begin_call(const char* op, AttentionParams& p, const Tensor& query, const T
   p.softcap = float(softcap);
   p.window = window >= kNoWindow ? 0 : int(window);
   p.causal = causal;
-  p.window_tiles = window_tiles(int(heads / std::max(1, p.num_kv_heads)), p.window, causal);
   p.out = out.mutable_data_ptr();
   p.lse = return_lse ? lse.mutable_data_ptr<float>() : nullptr;
   p.num_seqs = int(query_start.size(0));
@@ -91,7 +90,7 @@ void prefill(AttentionParams& p, const Tensor& query, KVType kv, cudaStream_t st
   launch_prefill(p, query.scalar_type(), kv, stream);
 }
 
-enum class Version { kPick, kOnePass, kSplit };
+enum class Version { kPick, kInvariant, kOnePass, kSplit };
 
 // Few rows a KV head: one tile of the decode kernel holds them, or they are too few for the prefill kernel, which does
 // not split the keys, to fill the device with.
@@ -99,6 +98,27 @@ bool suits_decode(const AttentionParams& p) {
   const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
   if (rows <= kRowTile) return true;
   return rows <= 4 * kRowTile && 2 * int64_t(p.num_seqs) * p.num_kv_heads <= current_device().sms;
+}
+
+// A batch-invariant call with long and short sequences: each by the kernel that it would have alone.
+__global__ void few_rows_kernel(const int* query_len, int* few, int* many, int sequences, int most) {
+  const int s = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (s >= sequences) return;
+  const int n = query_len[s];
+  few[s] = n <= most ? n : 0;
+  many[s] = n <= most ? 0 : n;
+}
+void mixed(AttentionParams p, const Tensor& query, KVType kv, cudaStream_t stream) {
+  const int most = kRowTile / (p.num_heads / p.num_kv_heads);
+  const Tensor lens = torch::stable::new_empty(query, {2, p.num_seqs}, ScalarType::Int);
+  int* const few = lens.mutable_data_ptr<int>();
+  few_rows_kernel<<<(p.num_seqs + 255) / 256, 256, 0, stream>>>(p.query_len, few, few + p.num_seqs, p.num_seqs, most);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  p.query_len = few + p.num_seqs;
+  prefill(p, query, kv, stream);  // fills all other rows, too
+  if (most == 0) return;
+  p.query_len = few, p.max_query_len = most, p.filled = true;
+  launch_decode(p, query.scalar_type(), kv, kInvariant, query, stream);
 }
 
 Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& query, const Tensor& key_cache,
@@ -117,10 +137,13 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   if (query.numel() == 0) return result;
   const cudaStream_t stream = current_stream(query);
   const KVType kv = kv_type(key_cache);
-  const int splits = version == Version::kOnePass ? 1 : int(num_splits);
+  const int splits = version == Version::kOnePass ? 1 : version == Version::kInvariant ? kInvariant : int(num_splits);
+  const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
   if (query.scalar_type() == ScalarType::Float) {
     launch_simt(p, kv, splits, query, stream);
-  } else if (version == Version::kSplit || suits_decode(p)) {
+  } else if (version == Version::kInvariant && rows > kRowTile && p.num_seqs > 0) {
+    mixed(p, query, kv, stream);
+  } else if (version == Version::kSplit || version == Version::kInvariant || suits_decode(p)) {
     launch_decode(p, query.scalar_type(), kv, splits, query, stream);
   } else {
     prefill(p, query, kv, stream);
@@ -131,8 +154,9 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
 Pair paged_attention_cuda(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens,
                           Tensor query_start, Tensor query_len, int64_t max_query_len, double scale, bool causal,
                           OptTensor alibi_slopes, int64_t sliding_window, double softcap, OptTensor sinks,
-                          OptTensor k_scale, OptTensor v_scale, bool return_lse) {
-  return paged("paged_attention", Version::kPick, 0, query, key_cache, value_cache, block_tables, seq_lens, query_start,
+                          OptTensor k_scale, OptTensor v_scale, bool return_lse, bool batch_invariant) {
+  const Version version = batch_invariant ? Version::kInvariant : Version::kPick;
+  return paged("paged_attention", version, 0, query, key_cache, value_cache, block_tables, seq_lens, query_start,
                query_len, max_query_len, scale, causal, alibi_slopes, sliding_window, softcap, sinks, k_scale, v_scale,
                return_lse);
 }

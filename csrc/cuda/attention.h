@@ -32,13 +32,14 @@ struct AttentionParams {
   float scale, softcap;       // softcap 0: off
   int window;                 // 0: off
   bool causal;
-  int window_tiles;  // the most units (attention_plan.cuh) that a tile of rows can see through the window
 
   // In front of launch_prefill, rows that no sequence owns or that see no key hold 0 and -inf already; launch_decode
   // and launch_simt fill them themselves.
   void* out;       // [T, Hq, D] contiguous
   float* lse;      // [T, Hq] natural log, or null
   int* next_item;  // launch_prefill: a counter that holds 0 then; launch_fill writes it
+
+  bool filled;  // launch_decode: somebody else fills rows that see no key
 
   int num_seqs, num_heads, num_kv_heads, head_dim, num_tokens;
 };
@@ -57,7 +58,8 @@ Pair begin_call(const char* op, AttentionParams& p, const Tensor& query, const T
 void launch_prefill(const AttentionParams& p, ScalarType dtype, KVType kv, cudaStream_t stream);
 
 // paged_decode.cu: 16-bit queries, split-KV partitions with the GQA group packed as rows, combined afterwards.
-// num_splits 0: planned on the device. `like` allocates the workspace through torch's caching allocator.
+// num_splits 0: planned on the device; kInvariant: by the length of each sequence alone. `like` allocates the workspace
+// through torch's caching allocator. p.filled: rows that see no key are 0 already.
 void launch_decode(const AttentionParams& p, ScalarType dtype, KVType kv, int num_splits, const Tensor& like,
                    cudaStream_t stream);
 

@@ -51,29 +51,49 @@ const Device& current_device() {
 }
 
 Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, const Tensor& like, Plan& plan) {
-  const int64_t group = p.num_heads / p.num_kv_heads, max_tiles = (int64_t(p.max_key_len) + kKeyTile - 1) / kKeyTile;
-  // Two bounds on the row tiles of a KV head: sequences own disjoint rows, and none has more than max_query_len tokens.
-  const int64_t each = (std::min<int64_t>(p.max_query_len, p.num_tokens) * group + kRowTile - 1) / kRowTile;
-  const int64_t row_tiles = std::min(p.num_tokens * group / kRowTile + p.num_seqs, p.num_seqs * each);
-  const int64_t items = row_tiles * p.num_kv_heads;
-  plan.splits = int(std::min<int64_t>(num_splits, std::max<int64_t>(1, max_tiles)));  // more would be empty
-  plan.max_items = items;
-  plan.sms = current_device().sms;
-  plan.ctas = int(std::clamp<int64_t>(items * max_tiles, 1, ctas));
-  const int64_t slots = plan.splits == 0 ? 2 * int64_t(plan.ctas) : plan.splits == 1 ? 0 : items * plan.splits;
-  plan.counters = int(plan.splits == 0 ? plan.ctas : plan.splits == 1 ? 0 : items);
+  plan.group = p.num_heads / p.num_kv_heads;
+  plan.by_group = Divisor(plan.group);
+  const int64_t most_rows = std::min<int64_t>(p.max_query_len, p.num_tokens) * plan.group;
+  plan.rows = int(std::min<int64_t>(kRowTile, most_rows));
+  plan.sequence_items = int((most_rows + kRowTile - 1) / kRowTile * p.num_kv_heads);
+  const int64_t items = int64_t(p.num_seqs) * plan.sequence_items;
+  const auto blocks = [&] { return ((int64_t(p.max_key_len) - 1) >> plan.key_shift) + 1; };  // of an item
+  plan.key_shift = 4;
+  while (plan.key_shift < 30 && double(items) * double(blocks()) >= double(1 << 28)) ++plan.key_shift;
 
-  int64_t bytes = 0;
-  auto take = [&](int64_t n) { return std::exchange(bytes, bytes + (n + 255) / 256 * 256); };
-  const int64_t arrived = take(sizeof(int) * plan.counters);
-  const int64_t tops = take(sizeof(float) * slots * kRowTile), sums = take(sizeof(float) * slots * kRowTile);
-  const int64_t outs = take(sizeof(float) * slots * kRowTile * dim);
-  Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-  uint8_t* base = static_cast<uint8_t*>(workspace.mutable_data_ptr());
-  plan.arrived = reinterpret_cast<int*>(base + arrived);
-  plan.partial_max = reinterpret_cast<float*>(base + tops);
-  plan.partial_sum = reinterpret_cast<float*>(base + sums);
-  plan.partial_out = reinterpret_cast<float*>(base + outs);
+  plan.window_blocks = 1 << 30;
+  if (p.window > 0) {
+    // tokens that the rows of one tile can belong to, and the keys that they see, from the start of one's block on
+    const int64_t span = plan.group % kRowTile == 0   ? 1
+                         : kRowTile % plan.group == 0 ? kRowTile / plan.group
+                                                      : (kRowTile - 2 + plan.group) / plan.group + 1;
+    const int64_t width = span - 1 + (p.causal ? int64_t(p.window) : 2 * int64_t(p.window) - 1) + kBlockKeys - 1;
+    plan.window_blocks = int(((width - 1) >> plan.key_shift) + 1);
+  }
+  // Whole pages of the table, where they are few
+  const int64_t lines = p.block_tables && p.table_stride == p.max_blocks ? int64_t(p.num_seqs) * p.max_blocks / 32 : 0;
+  plan.table_lines = lines <= 4096 ? int(lines) : 0;
+
+  plan.invariant = num_splits == kInvariant;
+  plan.fill = !p.filled;
+  plan.splits = int(std::min<int64_t>(num_splits, std::max<int64_t>(1, blocks())));  // more would be empty
+  plan.max_parts = plan.splits;
+  if (plan.invariant) {
+    int log_blocks = 0;
+    while (int64_t(1) << log_blocks < blocks()) ++log_blocks;
+    plan.splits = 2;  // only that it is above 1 counts
+    plan.max_parts = 1 << std::max(0, log_blocks - std::max(0, invariant_shift(log_blocks, plan.key_shift)));
+    plan.sequence_items = p.num_kv_heads;  // the others have one partition
+  }
+  plan.sms = current_device().sms;
+  plan.ctas = int(std::clamp<int64_t>(items * blocks(), 1, ctas));
+  const int64_t split_items = int64_t(p.num_seqs) * plan.sequence_items;
+  const int64_t slots = plan.splits > 1 ? split_items * plan.max_parts : 2 * int64_t(plan.ctas);
+  plan.counters = int(plan.splits == 0 ? plan.ctas : plan.splits == 1 ? 0 : split_items);
+  const int64_t counter_floats = (plan.counters + 63) / 64 * 64;
+  Tensor workspace = torch::stable::new_empty(like, {counter_floats + slots * plan.rows * dim}, ScalarType::Float);
+  plan.partials = workspace.mutable_data_ptr<float>() + counter_floats;
+  plan.arrived = static_cast<int*>(workspace.mutable_data_ptr());
   return workspace;
 }
 

@@ -43,7 +43,7 @@ void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaSt
   access.wide = p.head_dim * kElement % 16 == 0 && wide(p.k, p.k_stride_block, p.k_stride_t, p.k_stride_h) &&
                 wide(p.v, p.v_stride_block, p.v_stride_t, p.v_stride_h);
   Plan plan;
-  const Tensor workspace = make_plan(p, kDim, num_splits, config.ctas, like, plan);
+  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.ctas, like, plan);
   launch_planned(paged_decode_kernel<T, kKV, kDim>, plan, 32 * config.warps,
                  DecodeLayout<kKV, kDim>::bytes(config.warps), stream, p, plan, access);
 }

@@ -1,9 +1,9 @@
 // Paged attention for few query rows a KV head (decode, speculative decoding, or any number with V2), 16-bit queries.
 //
-// A CTA works through its pieces of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows (the GQA
+// A CTA works through its runs of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows (the GQA
 // group's heads times the query tokens, packed so that a key is read once for all of them), a stretch of keys. Each
 // warp takes every kWarps-th block of 16 keys with a pipeline of its own: kStages slots of K and V in shared memory
-// filled by cp.async, so no barrier is needed between warps until the piece ends, when they merge their online softmax
+// filled by cp.async, so no barrier is needed between warps until the run ends, when they merge their online softmax
 // states. Per 16 keys: S = Q K^T (2 n-tiles of mma.m16n8k16, K by ldmatrix), logits, online softmax in float32, P
 // rounded once to the query's type, O += P V (V by ldmatrix.trans; the accumulator layout of S is the operand layout of
 // P). O is rescaled only when a maximum moved.
@@ -15,11 +15,12 @@
 // largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
 //
 // Shared memory: kWarps x kStages x (16 K rows, 16 V rows, [16 K and 16 V scales]), then Q [16, kDim], then softmax
-// states. Rows are swizzled by 16-byte chunk, not padded. When a piece ends, a warp's slots hold its O [16, kDim + 8]
+// states. Rows are swizzled by 16-byte chunk, not padded. When a run ends, a warp's slots hold its O [16, kDim + 8]
 // float32 for the merge. Registers at kDim 128: O 64, Q 32 (kept in shared memory above 128), S 8.
 //
 // Floor: KV bytes / memory bandwidth (4.28 TB/s on an H200); arithmetic is 16 / group times what is useful, and stays
-// below that floor. Sources: PagedAttention (arXiv:2309.06180), FlashAttention-2 (arXiv:2307.08691), Flash-Decoding
+// below that floor. Reading the same pages and doing nothing with them takes 2.8, 9.5, 61 and 238 us for 4, 32, 256 and
+// 1024 MiB. Sources: PagedAttention (arXiv:2309.06180), FlashAttention-2 (arXiv:2307.08691), Flash-Decoding
 // (2023), FlashInfer (arXiv:2501.01005, tensor cores for grouped decode).
 #pragma once
 
@@ -27,6 +28,7 @@
 
 namespace pagedkv {
 
+constexpr int kDecodeWarps = 4;
 template <KVType kKV, int kDim>
 struct DecodeLayout {
   static_assert(kDim % 32 == 0 && kDim <= 256);
@@ -41,15 +43,14 @@ struct DecodeLayout {
   static constexpr int kResident = kDim <= 128 ? 2 : 1;
   static constexpr int kStages = kSlotBytes * 6 <= 24576 ? 6 : kSlotBytes * 3 >= 24576 ? 3 : 24576 / kSlotBytes;
   static constexpr int kWarpBytes = kStages * kSlotBytes;
-  static constexpr int kMergeStride = kDim + 8;  // floats; the 8 keep the lanes' stores on different banks
+  static constexpr int kMergeStride = part_row<kDim>;
   static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
   static constexpr int kQueryBytes = kRowTile * kDim * 2;
 
   static constexpr int bytes(int warps) {
-    return warps * kWarpBytes + kQueryBytes + (2 * warps + 1) * kRowTile * 4 + 16 + int(sizeof(PlanScratch));
+    return warps * kWarpBytes + kQueryBytes + kRowTile * 4 + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch));
   }
 };
-constexpr int kDecodeWarps = 4;
 
 // Uniform facts about the pointers, found on the host.
 struct DecodeAccess {
@@ -57,7 +58,7 @@ struct DecodeAccess {
   bool wide;         // cache rows may be read 16 bytes at a time (8-bit rows may be aligned to 8 only)
 };
 
-// Copies of 16 rows of K or V into a slot, kBytes a piece; zeros for rows that are not valid and behind a row's end.
+// Copies of 16 rows of K or V into a slot, kBytes a run; zeros for rows that are not valid and behind a row's end.
 template <int kChunks, int kBytes>
 __device__ __forceinline__ void copy_valid_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
                                                 int64_t row_stride, int row_bytes, uint32_t valid_rows) {
@@ -119,11 +120,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
   const int g = lane / 4, t = lane % 4;
   uint8_t* const my_slots = shared + warp * L::kWarpBytes;
   uint8_t* const query_tile = shared + warps * L::kWarpBytes;
-  float* const tops = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
-  float* const sums = tops + warps * kRowTile;
-  float* const query_scales = sums + warps * kRowTile;
-  int* const flag = reinterpret_cast<int*>(query_scales + kRowTile);
-  PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(flag + 4);
+  float* const query_scales = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
+  Part* const parts = reinterpret_cast<Part*>(query_scales + kRowTile);
+  PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(parts + 4);
 
   const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
   const Logit logit(p);
@@ -133,21 +132,25 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
   const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
   const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
 
-  for_each_piece(p, plan, scratch, sizeof(T), [&](const Piece& piece) {
+  Stretch stretch = plan_stretch(p, plan, scratch);
+  int pending = 0;
+#pragma unroll 1
+  while (stretch.left > 0) {
+    const Run run = next_run(p, plan, stretch);
     // ---- this warp's blocks of 16 keys
-    const int begin = max(piece.key_begin, piece.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
+    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
     const int step = warps * L::kKeys;
-    const int blocks = begin < piece.key_end ? (piece.key_end - begin + step - 1) / step : 0;
-    const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + piece.kv_head * p.k_stride_h * L::kElement;
-    const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + piece.kv_head * p.v_stride_h * L::kElement;
+    const int blocks = begin < run.key_end ? (run.key_end - begin + step - 1) / step : 0;
+    const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + run.kv_head * p.k_stride_h * L::kElement;
+    const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + run.kv_head * p.v_stride_h * L::kElement;
     uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
 
     // Pages of 16 of the warp's blocks at a time, one load ahead of their use and unchecked until then (a test beside
     // the load would wait for it): lane l holds the page of block first + l % 16, of its keys 0 .. 7 or 8 .. 15.
-    const int* const table = p.block_tables + int64_t(piece.seq) * p.table_stride;
+    const int* const table = p.block_tables + int64_t(run.seq) * p.table_stride;
     auto load_pages = [&](int first) {
       const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
-      return key < piece.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
+      return key < run.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
     };
     int page_ids = load_pages(0), next_ids = load_pages(16);
     auto pages = [&](int block) {
@@ -158,7 +161,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     auto fill_slot = [&](int slot, int key, int2 page) {
       usable = (usable & ~(3u << (2 * slot))) | (uint32_t(page.x >= 0) | uint32_t(page.y >= 0) << 1) << (2 * slot);
       // rows that may be read: in [lo, end) and on a usable page; all others become zeros, since 0 * NaN is NaN
-      const int first_row = max(0, piece.seen.lo - key), end_row = max(0, min(L::kKeys, piece.key_end - key));
+      const int first_row = max(0, run.seen.lo - key), end_row = max(0, min(L::kKeys, run.key_end - key));
       uint32_t rows = ((1u << end_row) - 1) & ~((1u << min(first_row, L::kKeys)) - 1);
       rows &= (page.x >= 0 ? 0x00ffu : 0u) | (page.y >= 0 ? 0xff00u : 0u);
       const int x = max(page.x, 0), y = max(page.y, 0);
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       if constexpr (kQuantized) {
         const int r = lane % 16;
         const float* const from =
-            (lane < 16 ? p.k_scale : p.v_scale) + scale_offset(p, r < 8 ? x : y, key + r, piece.kv_head);
+            (lane < 16 ? p.k_scale : p.v_scale) + scale_offset(p, r < 8 ? x : y, key + r, run.kv_head);
         cp_async<4>(v_at + L::kTileBytes + lane * 4, from, (rows >> r) & 1);
       }
     };
@@ -193,9 +196,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     constexpr int kWords = (kDim / 2 + 31) / 32;
     uint32_t words[4][kWords];
     auto read_query = [&](int r, uint32_t (&out)[kWords]) {
-      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
+      const int64_t row = r < run.rows ? run.query_row(p, plan, r) : -1;
       const uint16_t* const q =
-          static_cast<const uint16_t*>(p.q) + max(row, int64_t(0)) * p.q_stride_t + piece.head(r) * p.q_stride_h;
+          static_cast<const uint16_t*>(p.q) + max(row, int64_t(0)) * p.q_stride_t + run.head(plan, r) * p.q_stride_h;
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int pair = lane + 32 * i;
@@ -259,15 +262,15 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = g + 8 * h;
-      position[h] = piece.position(r);
-      seen[h] = r < piece.rows ? visible_keys(p, position[h], piece.keys) : KeyRange{0, 0};
+      position[h] = run.position(plan, r);
+      seen[h] = r < run.rows ? visible_keys(p, position[h], run.keys) : KeyRange{0, 0};
       row_mul[h] = kScaledQuery ? query_scales[r] : 1.f;
-      slope[h] = p.alibi_slopes && r < piece.rows ? __ldg(p.alibi_slopes + piece.head(r)) * kLog2e : 0.f;
+      slope[h] = p.alibi_slopes && r < run.rows ? __ldg(p.alibi_slopes + run.head(plan, r)) * kLog2e : 0.f;
     }
 
-    // Keys that all of the piece's rows see. Rows that pad the tile then see them, too: their results go nowhere.
-    const int all_lo = visible_keys(p, piece.position(piece.rows - 1), piece.keys).lo;
-    const int all_hi = visible_keys(p, piece.position(0), piece.keys).hi;
+    // Keys that all of the run's rows see. Rows that pad the tile then see them, too: their results go nowhere.
+    const int all_lo = visible_keys(p, run.position(plan, run.rows - 1), run.keys).lo;
+    const int all_hi = visible_keys(p, run.position(plan, 0), run.keys).hi;
 
     float o[kColumns][4] = {};
     float top[2] = {kNegInf, kNegInf}, sum[2] = {0.f, 0.f};
@@ -440,9 +443,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
       sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
       const int r = g + 8 * h;
-      if (t == 0) tops[warp * kRowTile + r] = top[h], sums[warp * kRowTile + r] = sum[h];
-      if (r >= piece.rows || sum[h] == 0.f) continue;
+      if (r >= run.rows) continue;
       float* const row = reinterpret_cast<float*>(my_slots) + r * L::kMergeStride;
+      if (t == 0) *reinterpret_cast<float2*>(row + kDim) = make_float2(top[h], sum[h]);
       if constexpr (!kQuantized) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c)
@@ -454,10 +457,16 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
               o[c][2 * h] * back, o[c + 1][2 * h] * back, o[c][2 * h + 1] * back, o[c + 1][2 * h + 1] * back);
       }
     }
+    if (lane == 0) parts[warp].rows = reinterpret_cast<const float*>(my_slots);
     __syncthreads();
-    finish_piece<T, kDim>(p, plan, piece, reinterpret_cast<const float*>(shared), tops, sums, warps, L::kWarpBytes / 4,
-                          L::kMergeStride, flag);
-  });
+    combine<T, kDim, kDecodeWarps>(p, plan, run, parts, warps);
+    if (!run.whole() && plan.splits == 0) {
+      if (threadIdx.x == 0) scratch.pending[pending] = run;
+      ++pending;
+    }
+    __syncthreads();
+  }
+  settle<T, kDim>(p, plan, scratch, sizeof(T), pending);
 }
 
 // paged_decode.cu instantiates one kDim a compile unit.

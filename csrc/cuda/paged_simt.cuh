@@ -18,18 +18,20 @@
 namespace pagedkv {
 
 constexpr int kSimtThreads = 128;
+constexpr int kKeyTile = 64;
 
 template <int kDim>
 struct SimtLayout {
-  static constexpr int kStride = kDim + 4;  // floats of a K, V or result row
+  static constexpr int kStride = kDim + 4;  // floats of a K or V row
+  static_assert(kKeyTile * kStride >= kRowTile * part_row<kDim>);
   static constexpr int kWeights = kRowTile + 4;
   float rows[kKeyTile * kStride];
   float query[kRowTile * kDim];
   float weights[kKeyTile * kWeights];
   int64_t k_at[kKeyTile], v_at[kKeyTile];  // element offsets, -1: not to be read
   float k_scale[kKeyTile], v_scale[kKeyTile];
-  float top[kRowTile], sum[kRowTile], shrink[kRowTile];
-  int flag;
+  float shrink[kRowTile];
+  Part part;
   PlanScratch plan;
 };
 
@@ -49,13 +51,17 @@ __global__ void __launch_bounds__(kSimtThreads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool paged = p.block_tables != nullptr;
 
-  for_each_piece(p, plan, s.plan, 4, [&](const Piece& piece) {
+  Stretch stretch = plan_stretch(p, plan, s.plan);
+  int pending = 0;
+#pragma unroll 1
+  while (stretch.left > 0) {
+    const Run run = next_run(p, plan, stretch);
     for (int i = threadIdx.x; i < kRowTile * kColumns; i += kSimtThreads) {
       const int r = i / kColumns, col = i % kColumns * 4;
       float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
-      const int64_t row = r < piece.rows ? piece.query_row(p, r) : -1;
+      const int64_t row = r < run.rows ? run.query_row(p, plan, r) : -1;
       if (row >= 0 && col < p.head_dim) {
-        const float* q = static_cast<const float*>(p.q) + row * p.q_stride_t + piece.head(r) * p.q_stride_h + col;
+        const float* q = static_cast<const float*>(p.q) + row * p.q_stride_t + run.head(plan, r) * p.q_stride_h + col;
         value = query_vectors ? __ldg(reinterpret_cast<const float4*>(q))
                               : make_float4(__ldg(q), __ldg(q + 1), __ldg(q + 2), __ldg(q + 3));
       }
@@ -90,25 +96,25 @@ __global__ void __launch_bounds__(kSimtThreads)
       }
     };
 
-    for (int key = piece.key_begin; key < piece.key_end; key += kKeyTile) {
+    for (int key = run.key_begin; key < run.key_end; key += kKeyTile) {
       if (threadIdx.x < kKeyTile) {
         const int pos = key + int(threadIdx.x);
         int64_t k_at = -1, v_at = -1;
-        if (pos >= piece.seen.lo && pos < piece.key_end) {
+        if (pos >= run.seen.lo && pos < run.key_end) {
           if (paged) {
-            const int block = block_of(p, piece.seq, pos);
+            const int block = block_of(p, run.seq, pos);
             if (block >= 0) {
-              k_at = k_offset(p, block, pos, piece.kv_head), v_at = v_offset(p, block, pos, piece.kv_head);
+              k_at = k_offset(p, block, pos, run.kv_head), v_at = v_offset(p, block, pos, run.kv_head);
               if constexpr (kQuantized) {
-                const int64_t at = scale_offset(p, block, pos, piece.kv_head);
+                const int64_t at = scale_offset(p, block, pos, run.kv_head);
                 s.k_scale[threadIdx.x] = __ldg(p.k_scale + at), s.v_scale[threadIdx.x] = __ldg(p.v_scale + at);
               }
             }
           } else {
-            const int64_t row = int64_t(__ldg(p.key_start + piece.seq)) + pos;
+            const int64_t row = int64_t(__ldg(p.key_start + run.seq)) + pos;
             if (row >= 0 && row < p.num_blocks) {
-              k_at = row * p.k_stride_t + piece.kv_head * p.k_stride_h;
-              v_at = row * p.v_stride_t + piece.kv_head * p.v_stride_h;
+              k_at = row * p.k_stride_t + run.kv_head * p.k_stride_h;
+              v_at = row * p.v_stride_t + run.kv_head * p.v_stride_h;
             }
           }
         }
@@ -136,13 +142,13 @@ __global__ void __launch_bounds__(kSimtThreads)
         const int row = my_row + r;
         bool visible = false;
         x[r] = (parts[r].x + parts[r].y) + (parts[r].z + parts[r].w);
-        if (readable && row < piece.rows) {
-          const int position = piece.position(row);
-          const KeyRange seen = visible_keys(p, position, piece.keys);
+        if (readable && row < run.rows) {
+          const int position = run.position(plan, row);
+          const KeyRange seen = visible_keys(p, position, run.keys);
           visible = pos >= seen.lo && pos < seen.hi;
           x[r] *= p.scale;
           if (p.softcap > 0) x[r] = p.softcap * tanhf(x[r] / p.softcap);
-          if (p.alibi_slopes) x[r] += __ldg(p.alibi_slopes + piece.head(row)) * float(pos - position);
+          if (p.alibi_slopes) x[r] += __ldg(p.alibi_slopes + run.head(plan, row)) * float(pos - position);
         }
         if (!visible) x[r] = kNegInf;
       }
@@ -198,14 +204,22 @@ __global__ void __launch_bounds__(kSimtThreads)
       const int cell = int(threadIdx.x) + u * kSimtThreads, rows = cell / kColumns * 4, col = cell % kColumns * 4;
       if (cell >= kDim) continue;
 #pragma unroll
-      for (int r = 0; r < 4; ++r) *reinterpret_cast<float4*>(s.rows + (rows + r) * L::kStride + col) = o[u][r];
+      for (int r = 0; r < 4; ++r) *reinterpret_cast<float4*>(s.rows + (rows + r) * part_row<kDim> + col) = o[u][r];
     }
 #pragma unroll
     for (int r = 0; r < 4; ++r)
-      if (lane == 0) s.top[4 * warp + r] = top[r], s.sum[4 * warp + r] = sum[r];
+      if (lane == 0)
+        *reinterpret_cast<float2*>(s.rows + (4 * warp + r) * part_row<kDim> + kDim) = make_float2(top[r], sum[r]);
+    if (threadIdx.x == 0) s.part = {run, s.rows};
     __syncthreads();
-    finish_piece<float, kDim>(p, plan, piece, s.rows, s.top, s.sum, 1, 0, L::kStride, &s.flag);
-  });
+    combine<float, kDim, 1>(p, plan, run, &s.part, 1);
+    if (!run.whole() && plan.splits == 0) {
+      if (threadIdx.x == 0) s.plan.pending[pending] = run;
+      ++pending;
+    }
+    __syncthreads();
+  }
+  settle<float, kDim>(p, plan, s.plan, 4, pending);
 }
 
 }  // namespace pagedkv

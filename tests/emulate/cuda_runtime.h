@@ -261,6 +261,15 @@ T __shfl_down_sync(unsigned mask, T x, int distance) {
   const int from = emulate::lane() + distance;
   return emulate::shuffle("__shfl_down_sync", mask, x, from >= emulate::kWarp ? emulate::lane() : from);
 }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }
+inline int __reduce_add_sync(unsigned mask, int x) {
+  for (int d = emulate::kWarp / 2; d > 0; d /= 2) x += __shfl_xor_sync(mask, x, d);
+  return x;
+}
+inline int __reduce_max_sync(unsigned mask, int x) {
+  for (int d = emulate::kWarp / 2; d > 0; d /= 2) x = std::max(x, __shfl_xor_sync(mask, x, d));
+  return x;
+}
 inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulate::ballot("__ballot_sync", mask, vote); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any_sync", mask, vote) != 0; }
@@ -386,9 +395,10 @@ inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y,
   const uint4 loaded = __ldg(p);
   x = loaded.x, y = loaded.y, z = loaded.z, w = loaded.w;
 }
+inline void atom_acq_rel_gpu_global_add_s32(int& before, int* at, int x) { before = *at, *at += x; }
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
-inline void prefetch_global_L2(const void*) {}
+inline void prefetch_global_L2(const volatile void*) {}
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {

@@ -327,7 +327,9 @@ def samples(device: str) -> Iterator[Sample]:
     """Yield (op name, args, kwargs) for `torch.ops.torch_pagedkv`, fresh tensors each time."""
     plain: dict[str, Any] = {"seq_lens": (21, 0, 9), "d": 32, "block_size": 8, "poison": False}
     for op in PAGED:
-        extra = {"num_splits": 2} if op == "paged_attention_v2" else {}
+        extra: dict[str, Any] = {"num_splits": 2} if op == "paged_attention_v2" else {}
+        if op == "paged_attention":
+            yield op, paged(device, **plain).args(), {"batch_invariant": True}
         for dtype in (torch.float32, torch.bfloat16):
             yield op, paged(device, dtype=dtype, **plain).args(), extra
         prefill = paged(device, query_lens=(12, 0, 9), sliding_window=7, alibi=True, sinks=True, softcap=8.0, **plain)

@@ -246,6 +246,61 @@ def test_strides(device: str, dtype: torch.dtype) -> None:
     assert all(map(same_bits, f.run(), strided_dense.run()))
 
 
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED])
+def test_unaligned_query(device: str, cache_dtype: torch.dtype | None) -> None:
+    """Rows of the query that start at any element: the same bits."""
+    for d in (64, 200):
+        p = paged(device, dtype=torch.bfloat16, cache_dtype=cache_dtype, d=d)
+        for offset in (1, 2):
+            wide = torch.zeros(*p.query.shape[:2], d + 3, dtype=p.query.dtype, device=device)[..., offset : offset + d]
+            assert all(map(same_bits, p.run(), p.replace(query=wide.copy_(p.query)).run()))
+
+
+def alone(p: Paged, s: int) -> tuple[Paged, slice]:
+    """Sequence s of a batch without the others, and its rows."""
+    one, start, rows = slice(s, s + 1), int(p.query_start[s]), int(p.query_len[s])
+    problem = p.replace(
+        query=p.query[start : start + rows].clone(),
+        block_tables=p.block_tables[one, : -(-int(p.seq_lens[s]) // p.key_cache.shape[1])].clone(),
+        seq_lens=p.seq_lens[one],
+        query_start=torch.zeros_like(p.query_start[one]),
+        query_len=p.query_len[one],
+        max_query_len=rows,
+    )
+    return problem, slice(start, start + rows)
+
+
+@pytest.mark.parametrize("query_lens", [None, (1, 40, 3, 1, 200)])
+@pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED])
+def test_batch_invariant(device: str, cache_dtype: torch.dtype | None, query_lens: tuple[int, ...] | None) -> None:
+    """A sequence's bits are the same alone, and among any others; the results are as accurate as without the option."""
+    lens = (1030, 70, 3, 2100, 513)
+    for dtype in FLOATS:
+        for heads, kv_heads in ((4, 2), (2, 2), (20, 1)):
+            options = {"heads": heads, "kv_heads": kv_heads, "dtype": dtype, "cache_dtype": cache_dtype, "d": 32}
+            p = paged(device, lens, query_lens, **options)
+            out, lse = p.run("paged_attention", True)
+            check(p, (out, lse))
+            for s in range(len(lens)):
+                one, rows = alone(p, s)
+                assert all(map(same_bits, one.run("paged_attention", True), (out[rows], lse[rows])))
+            more = 30  # of the longest sequence beside the others
+            index = torch.tensor([3] * more + [4, 2, 1, 0], device=device)
+            crowd = p.replace(
+                query=torch.cat([p.query, p.query[:1].expand(more, -1, -1)]),
+                block_tables=p.block_tables[index],
+                seq_lens=p.seq_lens[index],
+                query_start=torch.cat(
+                    [len(p.query) + torch.arange(more, device=device), p.query_start[index[more:]]]
+                ).int(),
+                query_len=torch.cat([torch.ones(more, device=device), p.query_len[index[more:]]]).int(),
+            )
+            crowd_out, crowd_lse = crowd.run("paged_attention", True)
+            for s in (0, 1, 2, 4):
+                _, rows = alone(p, s)
+                assert all(map(same_bits, (crowd_out[rows], crowd_lse[rows]), (out[rows], lse[rows])))
+
+
 def test_left_padded_batch_is_read_in_place(device: str) -> None:
     """Pad rows belong to nobody and come back as 0 even though the query holds NaN there."""
     lens, width = (20, 7, 1), 20
@@ -381,6 +436,10 @@ def test_public_functions(device: str) -> None:
         assert same_bits(ops.paged_attention(*args[:7], **options, version=version, num_splits=splits), wanted[0])
     with pytest.raises(ValueError, match="version"):
         ops.paged_attention(*args[:7], **options, version=3)
+    invariant = ops.paged_attention(*args[:7], **options, return_lse=True, batch_invariant=True)
+    assert all(map(same_bits, invariant, p.run("paged_attention", True)))
+    with pytest.raises(ValueError, match="batch_invariant"):
+        ops.paged_attention(*args[:7], **options, version=2, batch_invariant=True)
 
     new = Inputs(device)
     q, k, v = new.normal(2, 9, 4, 64), new.normal(2, 12, 2, 64), new.normal(2, 12, 2, 64)
@@ -402,6 +461,57 @@ def test_public_functions(device: str) -> None:
         ops.flash_attention(q, k, v, cu_seqlens_q=lens[0])
     with pytest.raises(ValueError, match="max_query_len"):
         ops.flash_attention(q[0], k[0], v[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_and_streams_share_no_counters(dtype: torch.dtype) -> None:
+    """Graphs replayed with other lengths, at the same time on two streams, and made and dropped: the eager bits."""
+    big = paged("cuda", (5000, 900), dtype=dtype, kv_heads=1)
+    small = paged("cuda", (700, 2000, 30), dtype=dtype, kv_heads=1, seed=1)
+    for op, extra in (("paged_attention", ()), ("paged_attention", (True,)), ("paged_attention_v2", (5,))):
+        results = []
+        for p in (big, small):
+            p.run(op, *extra)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                first = p.run(op, *extra)
+                second = p.run(op, *extra)
+            results.append((p, graph, [*first, *second]))
+        streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+        for cut in (0, 333, 1):
+            wanted = []
+            for p, _, _ in results:
+                p.seq_lens.copy_((p.seq_lens - cut).clamp_min(1))
+                wanted.append([*p.run(op, *extra)] * 2)
+            torch.cuda.synchronize()
+            for _ in range(20):
+                for stream, (_, graph, _) in zip(streams, results):
+                    with torch.cuda.stream(stream):
+                        graph.replay()
+                big.run(op, *extra)
+            torch.cuda.synchronize()
+            for (_, _, got), want in zip(results, wanted):
+                assert all(map(same_bits, got, want))
+        del results, graph
+    for _ in range(50):  # what a dropped graph had is given to the next one
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = small.run()
+        graph.replay()
+        assert all(map(same_bits, got, small.run()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_tables_so_wide_that_a_block_of_work_is_longer(dtype: torch.dtype) -> None:
+    """2^31 keys a table row, of which few are used: the line of work is counted in longer blocks."""
+    for lens in ((2000, 5, 777), (40, 3000, 1)):
+        p = paged("cuda", lens, dtype=dtype, block_size=128, poison=False)
+        wide = torch.zeros(3, 1 << 23, dtype=torch.int32, device="cuda")
+        wide[:, : p.block_tables.shape[1]] = p.block_tables
+        p = p.replace(block_tables=wide)
+        check(p, *(p.run(op, *extra) for op, extra in VERSIONS[:1]), p.run("paged_attention_v2", 3))
 
 
 @pytest.mark.slow

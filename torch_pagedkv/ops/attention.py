@@ -48,7 +48,7 @@ def _outputs(query: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((rows, query.shape[1]), dtype=torch.float32)
 
 
-@define(f"paged_attention({_PAGED_ARGS}) -> (Tensor, Tensor)")
+@define(f"paged_attention({_PAGED_ARGS}, bool batch_invariant=False) -> (Tensor, Tensor)")
 @define(f"paged_attention_v1({_PAGED_ARGS}) -> (Tensor, Tensor)")
 @define(f"paged_attention_v2({_PAGED_ARGS}, int num_splits=0) -> (Tensor, Tensor)")
 def _(
@@ -69,6 +69,7 @@ def _(
     k_scale=None,
     v_scale=None,
     return_lse=False,
+    batch_invariant=False,
     num_splits=0,
 ):
     return _outputs(query, return_lse)
@@ -167,6 +168,7 @@ def paged_attention_reference(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The contract in plain PyTorch and float64: gather each sequence's blocks, dequantise, attend."""
@@ -279,6 +281,7 @@ def paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     return_lse: bool = False,
+    batch_invariant: bool = False,
     version: int | None = None,
     num_splits: int = 0,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -295,6 +298,9 @@ def paged_attention(
         scale: logit scale, default 1 / sqrt(D).
         alibi_slopes, sinks: float32 [Hq] or None.
         k_scale, v_scale: float32 [num_blocks, block_size, Hkv], with an int8 or fp8 cache and only then.
+        batch_invariant: a sequence's results are the same to the bit whatever else is in the batch: partitions of its
+            keys and the choice of kernel depend on its own lengths alone. Takes a workspace for all partitions of the
+            longest sequence that the tables can hold, times the sequences; only with version None.
         version: None picks; 1 is one pass over the keys, 2 is split-KV partitions and a combine.
         num_splits: with version 2, a fixed number of partitions; 0 plans them from the lengths, on the device.
 
@@ -323,8 +329,10 @@ def paged_attention(
         v_scale,
         return_lse,
     )
+    if version is not None and batch_invariant:
+        raise ValueError(f"batch_invariant: got True with version {version!r}, needs version None")
     if version is None:
-        out, lse = _ops.paged_attention(*args)
+        out, lse = _ops.paged_attention(*args, batch_invariant)
     elif version == 1:
         out, lse = _ops.paged_attention_v1(*args)
     elif version == 2:
