@@ -28,6 +28,18 @@ PAGEDKV_PHILOX PhiloxStream philox_stream(int64_t seed, int64_t offset) {
           static_cast<uint32_t>(o >> 32)};
 }
 
+// a * b, both words of it. From the 64-bit product of widened words nvcc makes a wide multiplication and an addition of
+// 0.
+PAGEDKV_PHILOX uint64_t philox_product(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t(a) * b;
+#endif
+}
+
 // Philox4x32-10 of counter (group, 0, offset_lo, offset_hi) under key (seed_lo, seed_hi).
 PAGEDKV_PHILOX PhiloxWords philox4(const PhiloxStream& stream, uint32_t group) {
   uint32_t c0 = group, c1 = 0, c2 = stream.offset_lo, c3 = stream.offset_hi;
@@ -36,7 +48,7 @@ PAGEDKV_PHILOX PhiloxWords philox4(const PhiloxStream& stream, uint32_t group) {
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+    const uint64_t p0 = philox_product(0xD2511F53u, c0), p1 = philox_product(0xCD9E8D57u, c2);
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(p1);
     c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;

@@ -233,6 +233,25 @@ def test_thresholds_on_many_shapes(device: str, kind: str, vocab: int) -> None:
         assert bool((row[0].cpu()[tokens].double() >= limit).all())
 
 
+@pytest.mark.parametrize("kind", ["normal", "flat", "steps", "masked"])
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.9), (256, 1.0), (257, 0.7), (0, 0.5), (0, 0.999), (3, 0.0)])
+def test_large_vocabulary_equals_reference(device: str, kind: str, top_k: int, top_p: float) -> None:
+    """Where few entries are kept and where many are, with thousands of ties, with most of the vocabulary masked."""
+    new = Inputs(device, 7)
+    logits = new.normal(3, 20_011, scale=3.0)
+    if kind == "flat":
+        logits *= 1e-3
+    elif kind == "steps":
+        logits = (logits / 3).round()
+    elif kind == "masked":
+        logits[:, new.permutation(20_011, 19_900)] = -torch.inf
+    parameters = {"temperature": [0.8, 1.0, 2.5], "top_k": [top_k] * 3, "top_p": [top_p] * 3}
+    got = draw(logits, [3, 4, 5], [0, 7, 2**40], **parameters)
+    vectors = {key: torch.tensor(value, dtype=torch.float64) for key, value in parameters.items()}
+    streams = torch.tensor([3, 4, 5]), torch.tensor([0, 7, 2**40])
+    assert torch.equal(got, REFERENCES["sample"](logits.cpu(), *streams, **vectors))
+
+
 # ---- special values --------------------------------------------------------------------------------------------------
 
 
