@@ -146,6 +146,9 @@ def wrong(few: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("in_front", "wrote byte -4 of its 256"),
         ("misaligned", r"thread \(5, 0, 0\): undefined behaviour"),
         ("too_early", "which a cp.async is still to write"),
+        ("more_registers", "deadlock"),
+        ("copy_without_end", "ends before its copies have arrived"),
+        ("unexpected_copy", "bytes that no barrier expects"),
         ("too_much_shared", "cudaErrorInvalidValue"),
     ],
 )

@@ -16,6 +16,9 @@ What it shows
       more than was asked for. It holds NaN when a block starts
     - cp.async: misaligned, out of bounds, two at once to one place. The bytes arrive when the thread waits for them and
       not before, and what was there is lost at once: reading too early or too late gives NaN, and ldmatrix refuses
+    - Hopper (EMULATE_HOPPER=1): wgmma runs at any time between its commit and the wait, boxes of the copy engine arrive
+      in any order between their issue and the wait for their bytes; whoever reads too early is refused, and so are
+      copies that nobody expects or waits for and registers that nobody gives
     - misaligned vectors, indices outside of local arrays, shifts by too much, integer overflow (traps of
       UndefinedBehaviorSanitizer)
     - with AddressSanitizer (``build.py --address``): access outside of any tensor
@@ -26,5 +29,5 @@ What it cannot show
     ulp. Races of plain reads and writes that the fibers' orders do not hit, and warps whose lanes diverge between
     collectives. Anything between blocks, which run one after the other: memory order, spinning on another block. What
     nvcc and ptxas make of the sources. Streams, graphs, more than one device, and instructions that `cuda_runtime.h`
-    does not define, such as wgmma and TMA: a kernel that uses one does not compile here.
+    and `wgmma_ptx.cuh` do not define: a kernel that uses one does not compile here.
 """

@@ -1,9 +1,11 @@
 // Kernels with one mistake each, by name: what the emulated device must notice (tests/test_emulated_cuda.py).
+#include <cuda.h>
 #include <cuda_runtime.h>
 #include <stdio.h>
 
 #include <stdexcept>
 #include <string>
+#include <wgmma_ptx.cuh>
 
 namespace {
 
@@ -74,6 +76,38 @@ __global__ void too_early(float* out) {
   out[threadIdx.x] = float(r[0]);
 }
 
+// 384 threads start with 168 registers each: 8 too few are given
+__global__ void more_registers(float* out) {
+  if (threadIdx.x < 128)
+    pagedkv::wgmma::give_registers<32>();
+  else
+    pagedkv::wgmma::take_registers<240>();
+  if (threadIdx.x < kThreads) out[threadIdx.x] = 1.f;
+}
+
+// 16 columns of two rows, of which nobody waits for the second
+__global__ void copies(float* out, const CUtensorMap map, int expected) {
+  __shared__ uint64_t barrier;
+  if (threadIdx.x > 0) return;
+  pagedkv::wgmma::barrier_init(barrier, 1);
+  pagedkv::wgmma::barrier_arrive_expecting(barrier, expected);
+  pagedkv::wgmma::copy_box(0, map, barrier, 0, 0, 0, 0);
+  pagedkv::wgmma::barrier_wait(barrier, 0);
+  pagedkv::wgmma::barrier_arrive_expecting(barrier, expected);
+  pagedkv::wgmma::copy_box(0, map, barrier, 0, 1, 0, 0);
+  out[threadIdx.x] = 1.f;
+}
+void launch_copies(float* out, int expected) {
+  const cuuint64_t sizes[] = {16, 2, 1, 1}, strides[] = {32, 64, 64};
+  const cuuint32_t box[] = {16, 1, 1, 1}, steps[] = {1, 1, 1, 1};
+  CUtensorMap map;
+  if (cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, out, sizes, strides, box, steps,
+                             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    throw std::runtime_error("not a map");
+  copies<<<1, kThreads, 512, nullptr>>>(out, map, expected);
+}
+
 struct Kernel {
   const char* name;
   void (*launch)(float* out);
@@ -89,6 +123,9 @@ const Kernel kKernels[] = {
     {"in_front", [](float* out) { in_front<<<1, kThreads, kBytes, nullptr>>>(out); }},
     {"misaligned", [](float* out) { misaligned<<<1, kThreads, kBytes, nullptr>>>(out); }},
     {"too_early", [](float* out) { too_early<<<1, kThreads, 512, nullptr>>>(out); }},
+    {"more_registers", [](float* out) { more_registers<<<1, 384, kBytes, nullptr>>>(out); }},
+    {"copy_without_end", [](float* out) { launch_copies(out, 32); }},
+    {"unexpected_copy", [](float* out) { launch_copies(out, 16); }},
     {"too_much_shared", [](float* out) { right<<<1, kThreads, 64 << 10, nullptr>>>(out); }},
 };
 
