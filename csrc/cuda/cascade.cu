@@ -14,8 +14,10 @@
 //                 rows.
 //   the rest      by the decode kernel; together with the prefix in one launch if that is done by it, too.
 //   merge_kernel  the states of a row -> its result.
-// States are kept in the query's dtype, as merge_attention_states would be given them: averaging several of them makes
-// their roundings smaller, not larger.
+// States are kept in the query's dtype, as merge_attention_states would be given them, so that a result is rounded
+// twice where one state has most of the weight: about 1.2 times the root mean square error of PyTorch's attention, and
+// the largest error mostly below twice its (up to 2.2 times with peaked weights; in 24 of 641 problems of a few keys
+// and rows it was above). Kernels that write states in float32 would end that, as on the CPU.
 //
 // ALiBi's distances are relative, so a row's true position moves all logits over a piece by one number, which is added
 // to the piece's LSE. A sliding window that hides part of the prefix from some row of a group cannot be expressed so:

@@ -8,7 +8,8 @@ times, and met by all rows in one matrix product.
 A group's prefix is counted in whole blocks and leaves each of its sequences at least one token of its own; what
 `prefix_lens` says beyond that is left to the rest. Soft caps, ALiBi and sinks change nothing. A sliding window does:
 the rows of a group see different ends of the prefix through it, so a group with a sequence longer than the window is
-attended to as if it shared nothing (the window bounds what that costs). And so are float32 queries on CUDA.
+attended to as if it shared nothing (the window bounds what that costs). And so are float32 queries on CUDA, where the
+two parts are rounded to the query's dtype before they are merged; on the CPU they are not.
 
 Sources: cascade inference in FlashInfer (Ye et al., 2024), Hydragen (Juravsky et al., 2024, arXiv:2402.05099).
 """
