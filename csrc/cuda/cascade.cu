@@ -357,7 +357,7 @@ Pair paged_attention_cascade_cuda(Tensor query, Tensor key_cache, Tensor value_c
   prefix.next_item = groups.next_item;
   // All rows see all of it.
   prefix.causal = false, prefix.sinks = nullptr;
-  prefix.window = 0, prefix.window_tiles = window_tiles(int(group), 0, false);
+  prefix.window = 0;
   if (decodes)
     decode(prefix);
   else
