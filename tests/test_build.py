@@ -321,6 +321,15 @@ def test_isa_units_share_no_code() -> None:
     assert weak == []
 
 
+def test_kernels_that_wait_read_nothing_ahead() -> None:
+    """A load that the compiler may take for one of constants moves up across the wait for the kernel in front."""
+    sources = {path.name: path.read_text() for path in (ROOT / "csrc" / "cuda").iterdir()}
+    waiting = [name for name, text in sources.items() if re.search(r"\b(begin_kernel|wait_for_previous)\(\);", text)]
+    assert {"norm.cu", "int4_mma.cu"} <= {*waiting}
+    waiting.remove("attention_plan.cuh")  # the kernel in front of those only writes the counters behind the wait
+    assert [name for name in waiting if re.search(r"__ldg\(|__restrict__|ld\.global\.nc", sources[name])] == []
+
+
 def run_python(code: str, *args: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)

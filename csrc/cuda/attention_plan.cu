@@ -13,9 +13,7 @@ constexpr int kWarps = kThreads / 32;
 
 // The attention kernel may start at once: it waits for this one before it counts.
 __global__ void __launch_bounds__(kThreads) zero_kernel(int* counters, int count) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  release_next();
   const int i = int(blockIdx.x) * kThreads + int(threadIdx.x);
   if (i < count) counters[i] = 0;
 }

@@ -111,11 +111,7 @@ void launch_planned(void (*kernel)(P...), const Plan& plan, int threads, size_t 
 }
 
 // Waits for the kernel in front of this one to be complete, its memory visible, where they may overlap.
-__device__ __forceinline__ void wait_for_zero() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void wait_for_zero() { wait_for_previous(); }
 
 // Floats of a row of a partial result; the 8 keep lanes' stores on different banks where that is shared memory.
 template <int kDim>

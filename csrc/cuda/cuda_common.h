@@ -42,19 +42,30 @@ inline cudaStream_t current_stream(const Tensor& t) {
 
 // launches that overlap -----------------------------------------------------------------------------------------------
 //
-// A kernel launched by launch_kernel() begins with begin_kernel(), and may then start while the one in front of it in
-// the stream still runs (programmatic dependent launch, sm_90 and later): a part of the microsecond from the end of a
-// kernel to the first instruction of the next is gone, in a CUDA graph too (reshape_and_cache of one token: 0.97 us for
-// 1.27, together with an earlier load). In return, no thread may touch memory before
-// begin_kernel(), and every thread must call it: a block that ended without waiting would let the kernel behind it go
-// ahead of the one in front.
+// A kernel launched by launch_kernel() may start while the one in front of it in the stream still runs (programmatic
+// dependent launch, sm_90 and later): a part of the microsecond from the end of a kernel to the first instruction of
+// the next is gone, in a CUDA graph too (reshape_and_cache of one token: 0.97 us for 1.27, together with an earlier
+// load). In return, no thread may touch memory before wait_for_previous(), prefetches into L2 apart, and every thread
+// must call it: a block that ended without waiting would let the kernel behind it go ahead of the one in front.
+//
+// Such a kernel must not load by __ldg: the compiler takes what it reads for constant, and moves the load up across the
+// wait. (Products of 4-bit weights read inputs that were not written yet, in graphs of whole models alone.)
 
-// Lets the next kernel start, then waits until the one in front is complete and its memory visible.
-__device__ __forceinline__ void begin_kernel() {
+// Lets the next kernel start as soon as there is room.
+__device__ __forceinline__ void release_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel in front is complete and its memory visible.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void begin_kernel() {
+  release_next();
+  wait_for_previous();
 }
 
 // Whether the code that runs on the current device waits: it may be compiled for an older one. All kernels of the
@@ -75,7 +86,7 @@ bool launches_overlap(void (*kernel)(P...)) {
   return answer == 2;
 }
 
-// Launches a kernel that calls begin_kernel().
+// Launches a kernel that calls wait_for_previous() or begin_kernel().
 template <class... P, class... A>
 void launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A&&... arguments) {
   cudaLaunchAttribute attribute{};

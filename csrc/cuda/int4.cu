@@ -192,7 +192,6 @@ const Int4Device& int4_device() {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
     cudaFuncAttributes compiled{};  // for an architecture that may be older than the device
     STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, probe_kernel));
-    d.overlap = compiled.ptxVersion >= 90;
     d.has_wgmma = major == 9 && minor == 0 && compiled.sharedSizeBytes >= kProbeBytes;
   });
   return devices[index];

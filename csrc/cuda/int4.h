@@ -89,36 +89,11 @@ struct EvenRows {
 Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTensor& perm, const OptTensor& bias,
                     const OptTensor& residual);
 
-// Consecutive kernels overlap: each lets the next one start as soon as there is room, and touches nothing but L2 before
-// the one in front of it is complete, its memory visible.
-__device__ __forceinline__ void release_next() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 struct Int4Device {
   int sms = 1;
-  bool overlap = false, has_wgmma = false;
+  bool has_wgmma = false;
 };
 const Int4Device& int4_device();  // the current one
-
-template <class... P, class... A>
-void launch_early(const Int4Device& device, void (*kernel)(P...), dim3 grid, int threads, size_t shared,
-                  cudaStream_t stream, A&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = shared;
-  config.stream = stream, config.attrs = &attribute, config.numAttrs = device.overlap ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
-}
 
 // From so many rows on, Hopper's products, where they can be and pay.
 constexpr int kInt4Wgmma = 17;

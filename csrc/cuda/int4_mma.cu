@@ -57,10 +57,10 @@ template <Read kRead, int kWords>
 __device__ __forceinline__ void load_factors(uint32_t (&to)[kWords], const void* from, ScalarType type, int64_t at,
                                              int count) {
   if constexpr (kRead == Read::kNarrow) {
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at));
+    const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at);
     to[0] = v.x, to[1] = v.y;
   } else if constexpr (kRead == Read::kWide) {
-    const uint4 v = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(from) + at));
+    const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(from) + at);
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   } else {
 #pragma unroll
@@ -70,8 +70,8 @@ __device__ __forceinline__ void load_factors(uint32_t (&to)[kWords], const void*
 // 6-bit numbers at `at`, their halves at `super`
 __device__ __forceinline__ void load_factors(uint32_t (&to)[3], const uint8_t* sub, const void* from, int64_t at,
                                              int64_t super) {
-  const uint2 v = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + super));
-  to[0] = __ldg(reinterpret_cast<const uint32_t*>(sub + at)), to[1] = v.x, to[2] = v.y;
+  const uint2 v = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + super);
+  to[0] = *reinterpret_cast<const uint32_t*>(sub + at), to[1] = v.x, to[2] = v.y;
 }
 
 template <Read kRead>
@@ -158,12 +158,12 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
       if constexpr (kOffsets) {
         load_factors<kRead>(raw[i].other, p.offsets, p.scale_type, at, count);
       } else if constexpr (kRead != Read::kEach) {
-        if (p.zeros) raw[i].other[0] = __ldg(reinterpret_cast<const uint32_t*>(p.zeros + at));
+        if (p.zeros) raw[i].other[0] = *reinterpret_cast<const uint32_t*>(p.zeros + at);
       } else if (p.zeros) {
         raw[i].other[0] = 0;
 #pragma unroll
         for (int b = 0; b < 4; ++b)
-          if (b < count) raw[i].other[0] |= uint32_t(__ldg(p.zeros + at + b)) << 8 * b;
+          if (b < count) raw[i].other[0] |= uint32_t(p.zeros[at + b]) << 8 * b;
       }
     }
     words += kStep * kSliceWords;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
       if (more && 8 * j + g < rows_left)
-        x_ring[i][j] = __ldg(reinterpret_cast<const uint4*>(x_at + i % kStep * kSlice + 8 * j * p.x_stride));
+        x_ring[i][j] = *reinterpret_cast<const uint4*>(x_at + i % kStep * kSlice + 8 * j * p.x_stride);
   };
   auto next_x = [&] {
     x_at += kStep * kSlice;
@@ -336,7 +336,7 @@ void launch(const Int4Params& p, cudaStream_t stream) {
   plan.blocks = int(blocks), plan.slices = int(p.k_padded / kSlice), plan.steps = int(steps);
   plan.of_group = p.group >= p.k ? std::max(1, plan.steps) : int(p.group / (kSlice * kStep));
   plan.rounds = int(blocks / (ctas * warps_n)), plan.extra = int(blocks % (ctas * warps_n));
-  launch_early(of, kernel, grid, 32 * warps, size_t(warps) * kWarpBytes, stream, p, plan);
+  launch_kernel(kernel, grid, 32 * warps, size_t(warps) * kWarpBytes, stream, p, plan);
 }
 
 template <class T, int kTiles, Read kRead, int kStep>

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(256)
   const T* const from = static_cast<const T*>(p.x) + row * p.x_stride + slice * kInt4Block;
 #pragma unroll
   for (int j = 0; j < 4; ++j)
-    if (row < p.m && slice * kInt4Block < p.k_padded) word[j] = __ldg(reinterpret_cast<const uint4*>(from) + j);
+    if (row < p.m && slice * kInt4Block < p.k_padded) word[j] = reinterpret_cast<const uint4*>(from)[j];
   uint4* const to = out + (slice / 2 * rows + row) * 8;
   const int first = slice % 2 * 4, turn = int(row % 8);
   to[first ^ turn] = make_uint4(word[0].x, word[1].x, word[2].x, word[3].x);
@@ -460,14 +460,14 @@ void launch(const Int4Params& p, const Tensor& like, const Int4Device& device, c
   work.x = static_cast<const unsigned char*>(workspace.const_data_ptr());
   work.partial = reinterpret_cast<float4*>(static_cast<unsigned char*>(workspace.mutable_data_ptr()) + x_bytes);
   const int64_t pieces = work.rows * 2 * work.stages;
-  launch_early(device, arrange_kernel<T>, dim3(unsigned((pieces + 255) / 256)), 256, 0, stream, p,
-               static_cast<uint4*>(workspace.mutable_data_ptr()), work.rows, 2 * work.stages);
+  launch_kernel(arrange_kernel<T>, dim3(unsigned((pieces + 255) / 256)), 256, 0, stream, p,
+                static_cast<uint4*>(workspace.mutable_data_ptr()), work.rows, 2 * work.stages);
   const auto kernel = int4_wgmma_kernel<S, T, kSplit, kFine>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  launch_early(device, kernel, dim3(unsigned(grid)), S::kThreads, S::kBytes, stream, p, work);
+  launch_kernel(kernel, dim3(unsigned(grid)), S::kThreads, S::kBytes, stream, p, work);
   if (split)
-    launch_early(device, reduce_kernel<S, T>, dim3(unsigned(left), unsigned(S::kRows / 8)), 128 * S::kConsumers, 0,
-                 stream, p, work);
+    launch_kernel(reduce_kernel<S, T>, dim3(unsigned(left), unsigned(S::kRows / 8)), 128 * S::kConsumers, 0, stream, p,
+                  work);
 }
 
 }  // namespace

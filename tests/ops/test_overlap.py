@@ -66,3 +66,37 @@ def test_a_chain_equals_its_steps() -> None:
         graph.replay()
         for got, exact in zip(captured, want, strict=True):
             assert same_bits(got, exact)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+def test_layers_of_4_bits_equal_their_steps(rows: int) -> None:
+    """Products of 4-bit weights between norms and activations, as in a model: each reads what was written last."""
+    new = Inputs("cuda")
+    weights = (new.int4(n, k, 128, "zeros", torch.float16) for n, k in ((4096, 1024), (1024, 2048)))
+    wide, narrow = ((ops.int4_repack(w.q), w.scales, w.zeros) for w in weights)
+    weight, x = new.normal(1024, dtype=torch.bfloat16), new.normal(rows, 1024, dtype=torch.bfloat16)
+
+    def layers(wait: bool) -> list[Tensor]:
+        def product(x: Tensor, w: tuple[Tensor, ...], residual: Tensor | None = None) -> Tensor:
+            if wait:
+                torch.cuda.synchronize()
+            return ops.int4_linear(x, *w, residual=residual, group_size=128, in_features=x.shape[1])
+
+        h, found = x, []
+        for _ in range(12):
+            y = product(ops.rms_norm(h, weight, 1e-5), wide)
+            if wait:
+                torch.cuda.synchronize()
+            h = product(ops.silu_and_mul(*y.chunk(2, -1)) * 0.01, narrow, residual=x)
+            found.append(h)
+        return found
+
+    want = layers(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = layers(wait=False)
+    for _ in range(20):
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        assert all(map(same_bits, got, want))
