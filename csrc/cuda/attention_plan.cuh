@@ -369,7 +369,8 @@ __device__ __forceinline__ void fill_rows(const AttentionParams& p, int out_size
     for (int s = 0; s < p.num_seqs && !seen; s += 32)
       seen = __any_sync(0xffffffffu, s + lane < p.num_seqs && sees_a_key(s + lane, row));
     if (seen) continue;
-    const int64_t bytes = int64_t(p.num_heads) * p.head_dim * out_size;  // a multiple of 16: head_dim is one of 8
+    const int64_t bytes =
+        int64_t(p.num_heads) * p.head_dim * (p.states ? 4 : out_size);  // a multiple of 16: head_dim is one of 8
     uint4* out = reinterpret_cast<uint4*>(static_cast<uint8_t*>(p.out) + row * bytes);
 #pragma unroll 1
     for (int64_t i = lane; i < bytes / 16; i += 32) out[i] = make_uint4(0, 0, 0, 0);
@@ -422,11 +423,6 @@ __device__ __forceinline__ void store_out(T* out, float4 x, bool empty) {
     *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(x.x, x.y), pack2<T>(x.z, x.w));
   }
 }
-template <class T>
-__device__ __forceinline__ void store_out(T* out, float2 x, bool empty) {
-  static_assert(sizeof(T) == 2);
-  *reinterpret_cast<uint32_t*>(out) = empty ? 0 : pack2<T>(x.x, x.y);
-}
 
 // Writes 4 outputs of row `row` of a run.
 template <class T>
@@ -438,7 +434,10 @@ __device__ __forceinline__ void write_out(const AttentionParams& p, const Plan& 
   const int64_t index = query_row * p.num_heads + head;
   const Ending end = ending<T>(p, head, top, sum);
   acc.x *= end.mul, acc.y *= end.mul, acc.z *= end.mul, acc.w *= end.mul;
-  store_out(static_cast<T*>(p.out) + index * p.head_dim + col, acc, end.empty);
+  if (p.states)
+    store_out(static_cast<float*>(p.out) + index * p.head_dim + col, acc, end.empty);
+  else
+    store_out(static_cast<T*>(p.out) + index * p.head_dim + col, acc, end.empty);
   if (p.lse && col == 0) p.lse[index] = end.lse;
 }
 

@@ -14,16 +14,15 @@
 //                 rows.
 //   the rest      by the decode kernel; together with the prefix in one launch if that is done by it, too.
 //   merge_kernel  the states of a row -> its result.
-// States are kept in the query's dtype, as merge_attention_states would be given them, so that a result is rounded
-// twice where one state has most of the weight: about 1.2 times the root mean square error of PyTorch's attention, and
-// the largest error mostly below twice its (up to 2.2 times with peaked weights; in 24 of 641 problems of a few keys
-// and rows it was above). Kernels that write states in float32 would end that, as on the CPU.
+// States are float32, written so by the epilogues of both kernels: a result is rounded once. (Kept in the query's dtype
+// they cost 1.2 times the root mean square error of PyTorch's attention and up to 2.2 times its largest.)
 //
 // ALiBi's distances are relative, so a row's true position moves all logits over a piece by one number, which is added
 // to the piece's LSE. A sliding window that hides part of the prefix from some row of a group cannot be expressed so:
 // such a group's prefix counts as 0 and its rows are attended to plainly. Sinks take part in the rest, which is never
 // empty beside a prefix.
 //
+// Measured with 16-bit states:
 // H200, 64 x (8192 + 256), Llama-3-8B, bf16, in one run: 69.4 us (plan 4.1, prefix 30.8, rests 28.7, merge 5.0), 508
 // for sequences that share nothing, 264 for plain attention on the shared blocks (the L2 cache has them: it is faster
 // while less than some 256 MiB are saved), 225 for FlashInfer's cascade. The prefix by the decode kernel, 16 times
@@ -178,13 +177,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// States of T: results [pieces + 1, S, Hq, D] and lse [pieces + 1, S, Hq], the last for the rests. A warp a row and
+// States: results [pieces + 1, S, Hq, D] and lse [pieces + 1, S, Hq], the last for the rests. A warp a row and
 // head; lane i knows the share of the i-th that is there.
 template <class T>
 __global__ void __launch_bounds__(256)
     merge_kernel(const __grid_constant__ AttentionParams p, const RowGroup* rows, int pieces,
-                 const T* __restrict__ states, const float* __restrict__ lses) {
-  using V = Vec<T, 4>;
+                 const float* __restrict__ states, const float* __restrict__ lses) {
+  using State = Vec<float, 4>;
   constexpr int kFlight = 12;  // states whose loads are in flight together
   const int lane = threadIdx.x % 32;
   const int64_t per_state = int64_t(p.num_seqs) * p.num_heads, warps = int64_t(gridDim.x) * blockDim.x / 32;
@@ -195,12 +194,12 @@ __global__ void __launch_bounds__(256)
     const int step = piece_keys(group.prefix, pieces, 0).end;
     const int used = step == 0 ? 0 : (group.prefix + step - 1) / step;  // pieces that hold keys; the rest follows them
     auto state_of = [&](int n) { return (n < used ? n : pieces) * per_state + row; };
-    V v[kFlight];
+    State v[kFlight];
     auto load = [&](int first, int i) {
 #pragma unroll
       for (int u = 0; u < kFlight; ++u)
         if (first + u <= used && i < p.head_dim)
-          v[u] = *reinterpret_cast<const V*>(states + state_of(first + u) * p.head_dim + i);
+          v[u] = *reinterpret_cast<const State*>(states + state_of(first + u) * p.head_dim + i);
     };
     load(0, lane * 4);  // in flight while the shares are worked out
     float lse = lane <= used ? lses[state_of(lane)] : kNegInf;
@@ -227,14 +226,14 @@ __global__ void __launch_bounds__(256)
           const float w = __shfl_sync(~0u, share, (first + u) & 31);
           if (first + u > used || w == 0.f) continue;  // what has no share may hold anything
 #pragma unroll
-          for (int j = 0; j < 4; ++j) x[j] += w * to_float(v[u].v[j]);
+          for (int j = 0; j < 4; ++j) x[j] += w * v[u].v[j];
         }
       }
       if (i >= p.head_dim) continue;
-      V out;
+      Vec<T, 4> out;
 #pragma unroll
       for (int j = 0; j < 4; ++j) out.v[j] = from_float<T>(x[j]);
-      *reinterpret_cast<V*>(static_cast<T*>(p.out) + row * p.head_dim + i) = out;
+      *reinterpret_cast<Vec<T, 4>*>(static_cast<T*>(p.out) + row * p.head_dim + i) = out;
     }
     if (p.lse && lane == 0) p.lse[row] = total == 0.f ? kNegInf : base + logf(total);
   }
@@ -311,9 +310,11 @@ Pair paged_attention_cascade_cuda(Tensor query, Tensor key_cache, Tensor value_c
   groups.copies = groups.count == 0 ? 0 : joined ? 2 : groups.pieces;
 
   const int64_t states = groups.pieces + 1, sequences = groups.piece_sequences() + p.num_seqs;
-  const int64_t state_rows = int64_t(p.num_seqs) * p.num_heads, state_bytes = state_rows * p.head_dim * element;
+  const int64_t state_rows = int64_t(p.num_seqs) * p.num_heads;
+  const int64_t copy_bytes = state_rows * p.head_dim * element;
+  const int64_t state_bytes = state_rows * p.head_dim * int64_t(sizeof(float));
   Arena arena;
-  const int64_t at_states = arena.take(states * state_bytes), at_copies = arena.take(groups.copies * state_bytes);
+  const int64_t at_states = arena.take(states * state_bytes), at_copies = arena.take(groups.copies * copy_bytes);
   const int64_t at_lses = arena.take(states * state_rows * int64_t(sizeof(float)));
   const int64_t at_rows = arena.take(p.num_seqs * int64_t(sizeof(RowGroup)));
   const int64_t at_ints = arena.take((3 * sequences + 1) * int64_t(sizeof(int)));
@@ -343,10 +344,12 @@ Pair paged_attention_cascade_cuda(Tensor query, Tensor key_cache, Tensor value_c
     decode(rest);
     return result;
   }
+  rest.states = true;
   rest.out = base + at_states + groups.pieces * state_bytes;
   rest.lse = reinterpret_cast<float*>(base + at_lses) + groups.pieces * state_rows;
 
   AttentionParams prefix = p;
+  prefix.states = true;
   prefix.query_start = groups.query_start, prefix.query_len = groups.query_len, prefix.seq_lens = groups.seq_lens;
   prefix.block_tables = groups.tables, prefix.table_stride = p.max_blocks;
   prefix.num_seqs = int(joined ? sequences : prefixes), prefix.num_tokens = groups.copies * p.num_seqs;
@@ -368,7 +371,7 @@ Pair paged_attention_cascade_cuda(Tensor query, Tensor key_cache, Tensor value_c
     using T = decltype(tag);
     const auto kernel = merge_kernel<T>;
     kernel<<<unsigned(blocks), 256, 0, stream>>>(p, groups.rows, groups.pieces,
-                                                 reinterpret_cast<const T*>(base + at_states),
+                                                 reinterpret_cast<const float*>(base + at_states),
                                                  reinterpret_cast<const float*>(base + at_lses));
   });
   STD_CUDA_KERNEL_LAUNCH_CHECK();

@@ -557,11 +557,23 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
         if (a.lse && (lane & 3) == 0 && q_row >= 0 && q_row < a.num_tokens)
           a.lse[q_row * a.num_heads + head] = seen ? base * kLn2 + logf(total) : kNegInf;
       }
+      if (a.states) {
+        const int first = 2 * (lane & 3);
+        const bool exists = row < rows && q_row >= 0 && q_row < a.num_tokens;
+        float* const target = static_cast<float*>(a.out) + (q_row * a.num_heads + head) * a.head_dim + first;
+#pragma unroll
+        for (int d = 0; d < kDim / 8; ++d)
+          if (exists && 8 * d + first < a.head_dim)
+            *reinterpret_cast<float2*>(target + 8 * d) =
+                make_float2(out[b][d][2 * h] * factor, out[b][d][2 * h + 1] * factor);
+        continue;
+      }
 #pragma unroll
       for (int d = 0; d < kDim / 8; ++d)
         *reinterpret_cast<uint32_t*>(shared + swizzle<S::kChunks>(row, d) * 16 + 4 * (lane & 3)) =
             pack2<T>(out[b][d][2 * h] * factor, out[b][d][2 * h + 1] * factor);
     }
+  if (a.states) return;
   __syncwarp();
   // The warp's own rows, now in whole chunks
 #pragma unroll 1

@@ -531,6 +531,16 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S>& barriers, 
         if (seen) scale /= total;
         if (a.lse && (lane & 3) == 0) a.lse[q_row * a.num_heads + head] = seen ? base * kLn2 + logf(total) : kNegInf;
       }
+      if (a.states) {
+        const int first = 2 * (lane & 3);
+        float* const target = static_cast<float*>(a.out) + (q_row * a.num_heads + head) * a.head_dim + first;
+#pragma unroll
+        for (int d = 0; d < kDim / 8; ++d)
+          if (exists && 8 * d + first < a.head_dim)
+            *reinterpret_cast<float2*>(target + 8 * d) =
+                make_float2(out[4 * d + 2 * h] * scale, out[4 * d + 2 * h + 1] * scale);
+        continue;
+      }
       const bool odd = lane & 1;
       const int column = odd ? 8 + 2 * ((lane & 3) - 1) : 2 * (lane & 3);
       T* const target = static_cast<T*>(a.out) + (q_row * a.num_heads + head) * a.head_dim + column;

@@ -9,7 +9,7 @@ A group's prefix is counted in whole blocks and leaves each of its sequences at 
 `prefix_lens` says beyond that is left to the rest. Soft caps, ALiBi and sinks change nothing. A sliding window does:
 the rows of a group see different ends of the prefix through it, so a group with a sequence longer than the window is
 attended to as if it shared nothing (the window bounds what that costs). And so are float32 queries on CUDA, where the
-two parts are rounded to the query's dtype before they are merged; on the CPU they are not.
+parts are merged by their LSE, whose rounding float32 would show.
 
 Sources: cascade inference in FlashInfer (Ye et al., 2024), Hydragen (Juravsky et al., 2024, arXiv:2402.05099).
 """
