@@ -531,26 +531,24 @@ __device__ __forceinline__ void consume(const Params& p, Barriers<S>& barriers, 
         if (seen) scale /= total;
         if (a.lse && (lane & 3) == 0) a.lse[q_row * a.num_heads + head] = seen ? base * kLn2 + logf(total) : kNegInf;
       }
-      if (a.states) {
-        const int first = 2 * (lane & 3);
-        float* const target = static_cast<float*>(a.out) + (q_row * a.num_heads + head) * a.head_dim + first;
-#pragma unroll
-        for (int d = 0; d < kDim / 8; ++d)
-          if (exists && 8 * d + first < a.head_dim)
-            *reinterpret_cast<float2*>(target + 8 * d) =
-                make_float2(out[4 * d + 2 * h] * scale, out[4 * d + 2 * h + 1] * scale);
-        continue;
-      }
       const bool odd = lane & 1;
       const int column = odd ? 8 + 2 * ((lane & 3) - 1) : 2 * (lane & 3);
-      T* const target = static_cast<T*>(a.out) + (q_row * a.num_heads + head) * a.head_dim + column;
+      const int64_t at = (q_row * a.num_heads + head) * a.head_dim;
+      T* const target = static_cast<T*>(a.out) + at + column;
+      float* const states = static_cast<float*>(a.out) + at + 2 * (lane & 3);
 #pragma unroll
       for (int d = 0; d < kDim / 16; ++d) {
-        const uint32_t left = pack2<T>(out[8 * d + 2 * h] * scale, out[8 * d + 2 * h + 1] * scale);
-        const uint32_t right = pack2<T>(out[8 * d + 4 + 2 * h] * scale, out[8 * d + 4 + 2 * h + 1] * scale);
+        const float2 low = make_float2(out[8 * d + 2 * h] * scale, out[8 * d + 2 * h + 1] * scale);
+        const float2 high = make_float2(out[8 * d + 4 + 2 * h] * scale, out[8 * d + 4 + 2 * h + 1] * scale);
+        const uint32_t left = pack2<T>(low.x, low.y), right = pack2<T>(high.x, high.y);
         const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
-        if (exists && 16 * d + column < a.head_dim)
+        if (a.states) {
+          const int first = 16 * d + 2 * (lane & 3);
+          if (exists && first < a.head_dim) *reinterpret_cast<float2*>(states + 16 * d) = low;
+          if (exists && first + 8 < a.head_dim) *reinterpret_cast<float2*>(states + 16 * d + 8) = high;
+        } else if (exists && 16 * d + column < a.head_dim) {
           *reinterpret_cast<uint2*>(target + 16 * d) = odd ? make_uint2(other, right) : make_uint2(left, other);
+        }
       }
     }
   };
