@@ -96,10 +96,11 @@ Tensor int4_dequantize(Tensor packed, Tensor scales, OptTensor zeros, OptTensor 
   return w;
 }
 
-// The longest chunk that divides the groups.
-int64_t chunk_of(int64_t group, int64_t k) {
-  if (group >= k) return kInt4Chunk;
-  int64_t chunk = kInt4Chunk;
+// The longest chunk that divides the groups. Of bytes a block: sums of 128 products in a row had up to 2.9 times the
+// largest error of PyTorch's in float32.
+int64_t chunk_of(int64_t group, int64_t k, WeightBits bits) {
+  int64_t chunk = bits == kEightBits ? kInt4Block : kInt4Chunk;
+  if (group >= k) return chunk;
   while (group % chunk) chunk -= kInt4Block;
   return chunk;
 }
@@ -139,7 +140,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, WeightBits bits, con
   Int4Task task{};
   task.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
   task.s = s;
-  task.k_padded = ceil_div(k, kInt4Block) * kInt4Block, task.chunk = chunk_of(s.group, k);
+  task.k_padded = ceil_div(k, kInt4Block) * kInt4Block, task.chunk = chunk_of(s.group, k, bits);
   task.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
   task.activate = rows().activate[kFloat32], task.act = act;
   const char* const residuals = added.has_value() ? static_cast<const char*>(added->const_data_ptr()) : nullptr;
