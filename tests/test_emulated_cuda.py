@@ -76,7 +76,7 @@ def test_random_int4(few: Path, hopper: int) -> None:
 @pytest.mark.parametrize("sms", [1, 2, 132])
 def test_more_random_int4(few: Path, sms: int, hopper: int) -> None:
     """Few SMs: K is not split over CTAs; many: as often as it can be."""
-    arguments = ("--cases", "400", "--seed", str(1000 * sms))
+    arguments = ("--cases", "200", "--seed", str(1000 * sms))
     environment = {"EMULATE_SEED": str(sms), "EMULATE_SMS": str(sms), "EMULATE_HOPPER": str(hopper)}
     run(few, "tests/ops/int4_problems.py", *arguments, **environment)
 
@@ -91,7 +91,7 @@ def test_every_size(everything: Path, seed: int) -> None:
 @pytest.mark.parametrize("hopper", [0, 1])
 @pytest.mark.parametrize("sms", [1, 7, 132])
 def test_random_attention_in_every_size(everything: Path, sms: int, hopper: int) -> None:
-    arguments = ("--cases", "600", "--seed", str(1000 * sms))
+    arguments = ("--cases", "300", "--seed", str(1000 * sms))
     environment = {"EMULATE_SEED": str(sms), "EMULATE_SMS": str(sms), "EMULATE_HOPPER": str(hopper)}
     run(everything, "tests/emulate/fuzz.py", *arguments, **environment)
 
