@@ -145,6 +145,8 @@ def page(result: dict[str, Any], png: bytes) -> str:
         table(tables["summary"]),
         "<h2>Accuracy against memory and speed</h2>",
         f'<img alt="accuracy against memory and speed" src="data:image/png;base64,{base64.b64encode(png).decode()}">',
+        "<h2>Variants against tasks</h2>",
+        table(tables["differences"]),
         "<h2>All metrics</h2>",
         table(tables["all"]),
         f"<p>{escape(NOTES)}</p>",
