@@ -186,13 +186,15 @@ const Int4Device& int4_device() {
   if (index >= int(devices.size())) fail("int4_linear: got device cuda:", index, ", needs an index below 64");
   std::call_once(once[index], [&] {
     Int4Device& d = devices[index];
-    int major = 0, minor = 0;
+    int major = 0, minor = 0, clusters = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, index));
     cudaFuncAttributes compiled{};  // for an architecture that may be older than the device
     STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, probe_kernel));
     d.has_wgmma = major == 9 && minor == 0 && compiled.sharedSizeBytes >= kProbeBytes;
+    d.has_clusters = d.has_wgmma && clusters != 0;
   });
   return devices[index];
 }
@@ -318,6 +320,8 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
     input = gathered;
     p.x = input.const_data_ptr(), p.x_stride = p.k_padded;
   }
+  const auto on_many = x.scalar_type() == ScalarType::Half ? launch_int4_many<__half> : launch_int4_many<__nv_bfloat16>;
+  if (narrow && p.m >= kInt4Many && on_many(p, input, stream)) return y;
   const auto on_wgmma =
       x.scalar_type() == ScalarType::Half ? launch_int4_wgmma<__half> : launch_int4_wgmma<__nv_bfloat16>;
   if (narrow && p.m >= kInt4Wgmma && on_wgmma(p, input, stream)) return y;

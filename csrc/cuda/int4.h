@@ -91,7 +91,7 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
 
 struct Int4Device {
   int sms = 1;
-  bool has_wgmma = false;
+  bool has_wgmma = false, has_clusters = false;
 };
 const Int4Device& int4_device();  // the current one
 
@@ -106,6 +106,10 @@ void launch_int4_mma(const Int4Params& p, cudaStream_t stream);
 // Hopper's, for many rows: false where it cannot. `like`: a tensor on the device. Units of int4_wgmma.cu.
 template <class T>
 bool launch_int4_wgmma(const Int4Params& p, const Tensor& like, cudaStream_t stream);
+// The same for more rows, kInt4Many and up. Units of int4_many.cu.
+template <class T>
+bool launch_int4_many(const Int4Params& p, const Tensor& like, cudaStream_t stream);
+constexpr int kInt4Many = 65;
 // Whether they can read x as it is: rows of whole slices, in 16-byte vectors.
 inline bool int4_reads(const void* x, int64_t x_stride, int64_t k) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0 && k % kInt4Block == 0;

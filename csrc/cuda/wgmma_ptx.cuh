@@ -176,6 +176,12 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
                "l"(source), "r"(bytes), "r"(address)
                : "memory");
 }
+// The same for a barrier that was told by barrier_arrive_expecting.
+__device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+               "l"(source), "r"(bytes), "r"(smem_address(&barrier))
+               : "memory");
+}
 // What this thread wrote to shared memory by ordinary stores, or by copies that have arrived, becomes visible to
 // products that are issued behind a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -208,6 +214,59 @@ __device__ __forceinline__ void copy_box(uint32_t target, const CUtensorMap& map
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(target),
       "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
+// A box from shared memory to rows (y) and columns (x) of a tensor; what lies outside of it is left out. The thread
+// that issues it waits for its stores: until what they read may be written (kRead), or until they are done.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t source, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %4}], [%1];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(source), "r"(x), "r"(y), "r"(0)
+      : "memory");
+}
+template <bool kRead>
+__device__ __forceinline__ void wait_stores() {
+  if constexpr (kRead)
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  else
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// clusters ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return int(rank);
+}
+__device__ __forceinline__ int cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return int(size);
+}
+// All threads of the cluster, and what they wrote to shared memory.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// New barriers become visible to the cluster and the copy engine.
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// An arrival at the same barrier of CTA `rank`.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t& barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
+// A box of rows (y) and columns (x) to the same place in each of the cluster's CTAs, and their barriers.
+__device__ __forceinline__ void copy_box_to_all(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x,
+                                                int y, int size) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5, %5}], [%2], %6;" ::"r"(target),
+      "l"(&map), "r"(smem_address(&barrier)), "r"(x), "r"(y), "r"(0), "h"(uint16_t((1 << size) - 1))
       : "memory");
 }
 

@@ -77,6 +77,7 @@ struct Fiber {
   std::vector<Copy> open;                           // not yet committed
   std::deque<std::vector<Product>> product_groups;  // wgmma, committed
   std::vector<Product> products;                    // not yet committed
+  std::vector<BoxCopy> stores;                      // of boxes, whose `target` is what they read
   int registers;                                    // that setmaxnreg may move
   bool unfenced = false;                            // has copied, and the asynchronous proxy may not see it yet
   void* fake_stack = nullptr;                       // AddressSanitizer's
@@ -181,6 +182,7 @@ __attribute__((noinline)) void run_thread() {
   (*kernel_body)();
   Fiber& self = fibers[thread];
   if (!self.product_groups.empty() || !self.products.empty()) fail("thread ends before its products");
+  if (!self.stores.empty()) fail("thread ends before its stores");
   for (auto& group : self.groups) complete(group);
   complete(self.open);
   self.done = true;
@@ -677,6 +679,12 @@ void mbarrier_expect(uint64_t& barrier, int bytes) { as_mbarrier(barrier).bytes 
 void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
   while ((as_mbarrier(barrier).phase & 1) == parity) wait(mbarrier_phases);
 }
+void mbarrier_deliver(uint64_t& barrier, int bytes) {
+  Mbarrier& b = as_mbarrier(barrier);
+  if (b.bytes < bytes) fail("a copy of bytes that no barrier expects");
+  b.bytes -= bytes;
+  complete_phase(b);
+}
 // At once, the soonest that it may be: products that are still to read what was there are wrong.
 void copy_bulk(uint32_t target, const void* source, uint32_t bytes) {
   if (target % 16 || uintptr_t(source) % 16 || bytes % 16)
@@ -700,6 +708,22 @@ void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x,
     memset(shared_memory + to, kPoison, 2);
   });
   boxes.push_back(c);
+}
+
+// As late as it may be: what is written over it by then is wrong.
+void store_box(const CUtensorMap& map, uint32_t source, int x, int y, int z, int w) {
+  const BoxCopy c{source, map, nullptr, {x, y, z, w}};
+  if (source % 128) fail("a store of byte %u of shared memory: misaligned", source);
+  if (source + uint64_t(c.bytes()) > shared_bytes)
+    fail("a store of byte %u of %zu of shared memory", source, shared_bytes);
+  fibers[thread].stores.push_back(c);
+}
+void wait_stores() {
+  for (const BoxCopy& c : fibers[thread].stores)
+    for_each_element(c, [](uint32_t from, const char* to) {
+      if (to) memcpy(const_cast<char*>(to), shared_memory + from, 2);
+    });
+  fibers[thread].stores.clear();
 }
 
 void named_barrier(int id, int threads, bool stay) {

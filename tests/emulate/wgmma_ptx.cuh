@@ -26,7 +26,10 @@ void mbarrier_arrive(uint64_t& barrier);
 void mbarrier_expect(uint64_t& barrier, int bytes);
 void mbarrier_wait(uint64_t& barrier, uint32_t parity);
 void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w);
+void mbarrier_deliver(uint64_t& barrier, int bytes);
 void copy_bulk(uint32_t target, const void* source, uint32_t bytes);
+void store_box(const CUtensorMap& map, uint32_t source, int x, int y, int z, int w);
+void wait_stores();
 void fence_async_proxy();
 void named_barrier(int id, int threads, bool stay);
 
@@ -81,6 +84,10 @@ inline void copy_bulk(uint32_t target, const void* source, uint32_t bytes, uint6
   emulate::copy_bulk(target, source, bytes);
   emulate::mbarrier_arrive(barrier);
 }
+inline void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
+  emulate::copy_bulk(target, source, bytes);
+  emulate::mbarrier_deliver(barrier, int(bytes));
+}
 inline void fence_async_proxy() { emulate::fence_async_proxy(); }
 inline void named_sync(int id, int threads) { emulate::named_barrier(id, threads, true); }
 inline void named_arrive(int id, int threads) { emulate::named_barrier(id, threads, false); }
@@ -89,6 +96,28 @@ inline bool elect() { return emulate::lane() == 7; }  // whichever it is
 inline void prefetch_map(const CUtensorMap&) {}
 inline void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w) {
   emulate::copy_box(target, map, barrier, x, y, z, w);
+}
+
+inline void store_box(const CUtensorMap& map, uint32_t source, int x, int y) {
+  emulate::store_box(map, source, x, y, 0, 0);
+}
+template <bool kRead>
+void wait_stores() {
+  emulate::wait_stores();
+}
+
+// Clusters are of one CTA here.
+inline int cluster_rank() { return 0; }
+inline int cluster_size() { return 1; }
+inline void cluster_sync() { emulate::block_barrier(); }
+inline void fence_barriers() {}
+inline void barrier_arrive_at(uint64_t& barrier, int rank) {
+  if (rank != 0) emulate::fail("arrival at CTA %d of a cluster of one", rank);
+  emulate::mbarrier_arrive(barrier);
+}
+inline void copy_box_to_all(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int size) {
+  if (size != 1) emulate::fail("a copy to %d CTAs of a cluster of one", size);
+  emulate::copy_box(target, map, barrier, x, y, 0, 0);
 }
 
 }  // namespace pagedkv::wgmma
