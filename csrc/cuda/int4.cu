@@ -1,9 +1,9 @@
 // int4_repack, int4_dequantize, int4_linear (contract: torch_pagedkv/ops/int4.py; layout: int4.h).
 //
 // Repacking and dequantising are one thread an output word or weight: they run once, when a model is loaded.
-// int4_linear in 16 bits is int4_mma.cu's and int4_wgmma.cu's; here are its preparation (a permuted or oddly aligned x
-// is copied into rows padded with zeros) and the float32 kernel, which has no tensor cores to go to: a lane owns an
-// output, the warps of a CTA take its words in turn, and their sums are added up in order.
+// int4_linear in 16 bits is int4_mma.cu's, int4_wgmma.cu's and int4_many.cu's; here are its preparation (a permuted or
+// oddly aligned x is copied into rows padded with zeros) and the float32 kernel, which has no tensor cores to go to: a
+// lane owns an output, the warps of a CTA take its words in turn, and their sums are added up in order.
 #include <algorithm>
 #include <array>
 #include <mutex>

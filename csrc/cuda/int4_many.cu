@@ -4,19 +4,33 @@
 // Weights with offsets, float32 scales and odd sizes stay with int4_wgmma.cu, int4_mma.cu or int4.cu.
 //
 // Algorithm: y^T = W x^T, W from registers as the A operand, x from shared memory as B. A tile is 128 outputs and kRows
-// rows. Warpgroups:
-//   producer   a lane copies x (in boxes) and weights (1 KB of a block of 32 outputs), kStages ahead, also across tiles
+// rows, 256 or 128. Warpgroups:
+//   producer   copies x and words (boxes of the copy engine), scales and zeros (cp.async) into a ring of stages, also
+//              across tiles
 //   consumers  two, each 64 outputs and all rows: a number is made once for 256 rows. A warp has 16 outputs, half of a
-//              block of 32, of which a lane has two neighbours. Numbers of 32 inputs are made while the products of
-//              those before run.
+//              block of 32, of which a lane has two neighbours. Numbers of a batch of inputs are made while the
+//              products of the batch before run: of 32 with 256 rows, of 64 with 128, for equal times.
 // A lane of a fragment needs pair t of words, t = its place in its row of four: those four read the same words
 // (broadcast), and each shifts by its own 4 t. So inputs keep their order, and x is read as it is.
 //
-// Two CTAs side by side in the outputs are a cluster: each copies half of x for both. Of 128 x 256 alone, copies would
-// take 36 bytes a cycle from L2 on each SM, more than it gives; so it is 20.
-//
 // A number becomes (q - zero) * scale in 16 bits, rounded once, as in the stock dequantised weight; a float16 scale
 // under bfloat16 activations is kept as the sum of two bfloat16, one product and one fused multiply-add.
+//
+// Sums go to y by way of shared memory, as boxes. For many rows, two CTAs side by side in the outputs are a cluster,
+// and each copies half of x for both. CTAs stay, and take whole tiles in turn; the tiles of the last round, if they do
+// not fill it, may be cut along K, whose sums go to memory and are added up in order by reduce_kernel. All orders are
+// fixed by the shapes: equal calls give equal bits.
+//
+// Floor: 2 m n k / 790 TFLOP/s (an H200's). 14336 x 4096 at m = 256 (1024), us: 45 (161), cuBLAS on weights of 16 bits
+// 45 (151).
+//
+// What it took (14336 x 4096 at m = 1024, us, tiles not cut): one thread for all copies, and bias, activation and
+// residual done for a pair of outputs at a time, which is 300 KB of code to fetch for each tile: 305. The latter step
+// by step over all sums: 232. A thread for each kind of copies, and y by way of shared memory: 174; without numbers
+// made 161, without products 172, so that waiting for copies is much of it. Five stages for four, fewer copies, words
+// loaded before the products in front of theirs: 173 here, 8 % less at 4096 and 8192 rows. Words ahead into L2: 198. A
+// warp that issues a product of registers waits for those before it. With 128 rows numbers take so long that two
+// warpgroups do not hide them: 28 us a tile for 22 without.
 #include <cuda.h>
 
 #include <algorithm>
@@ -42,10 +56,11 @@ struct Shape {
   static constexpr int kInputs = 64 * 256 / kRows, kSlices = kInputs / kInt4Block;  // slices of 32
   static constexpr int kXBytes = kRows * kInputs * 2, kWordBytes = kOutputs * kInputs / 2, kFactorBytes = 3 * kOutputs;
   static constexpr int kStageBytes = (kXBytes + kWordBytes + kSlices * kFactorBytes + 1023) / 1024 * 1024;
-  static constexpr int kOutBytes = kRows * 128;  // of a consumer's outputs on their way to y
-  static constexpr int kStages = (225 * 1024 - kConsumers * kOutBytes) / kStageBytes;
-  static constexpr int kBytes = kConsumers * kOutBytes + kStages * kStageBytes + 1024;
-  static constexpr int kSums = kRows / 2;  // of a thread
+  static constexpr int kTurns = 2;                        // in which sums go to y
+  static constexpr int kOutBytes = kRows * 128 / kTurns;  // of a consumer's outputs on their way there
+  static constexpr int kStages = (226 * 1024 - kConsumers * kOutBytes) / kStageBytes;
+  static constexpr int kBytes = kConsumers * kOutBytes + kStages * (kStageBytes + 16);  // with barriers
+  static constexpr int kSums = kRows / 2;                                               // of a thread
 };
 
 template <int kStages>
@@ -55,7 +70,8 @@ struct Barriers {
 
 struct Work {
   CUtensorMap x;                           // boxes of 64 inputs and the rows that a CTA copies
-  CUtensorMap y;                           // boxes of 64 outputs and the rows of a tile
+  CUtensorMap words;                       // [blocks][slices][256 pairs of bytes], boxes of a stage
+  CUtensorMap y;                           // boxes of 64 outputs and some rows of a tile
   int slices, of_group;                    // of 32 inputs; those of a group
   int stages;                              // of a tile
   int row_tiles, output_tiles, per_group;  // tiles of clusters; row tiles that are next to each other
@@ -112,21 +128,22 @@ __device__ __forceinline__ int lane_output(int warp, int lane) { return warp * 1
 
 #ifdef PAGEDKV_WGMMA
 
-// One thread each of three warps: x, words, scales and zeros.
-constexpr int kProducers = 3;
+// Three warps: a lane copies x, a lane words, and all lanes of the third scales and zeros. The fewer and larger the
+// copies of the copy engine, the better: with words in four, and scales and zeros in two, everything was slower by a
+// tenth.
+constexpr int kArrivals = 1 + 1 + 32;
 
 template <class S>
 __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
-                                        uint32_t shared, int warp, int rank, int size) {
+                                        uint32_t shared, int warp, int lane, int rank, int size) {
+  if (warp < 2 ? !wgmma::elect() : warp > 2) return;
   wgmma::Ring<S::kStages> ring;
   const int clusters = int(gridDim.x) / size;
   wait_for_previous();
   for (int item = int(blockIdx.x) / size; item < work.items; item += clusters) {
     const Item it = find_item(work, item);
     const Place at = find_place(work, it.tile);
-    const int tile = at.output * size + rank, first = tile * kOutputs;
-    const int outputs = first < p.n ? min(kOutputs, int(p.n) - first) : 0;
-    int slice = it.begin * S::kSlices;
+    const int tile = at.output * size + rank;
     if (warp == 0) {
       const int share = S::kRows / size, row = at.row * S::kRows + rank * share;
 #pragma unroll 1
@@ -141,47 +158,40 @@ __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, B
         ring.advance();
       }
     } else if (warp == 1) {
-      const int blocks = (outputs + kInt4Block - 1) / kInt4Block;
-      const int64_t block_bytes = int64_t(work.slices) * 512;
-      const char* from = reinterpret_cast<const char*>(p.packed) + tile * kBlocks * block_bytes + slice * 512;
 #pragma unroll 1
-      for (int stage = it.begin; stage < it.end; ++stage, slice += S::kSlices, from += S::kSlices * 512) {
+      for (int stage = it.begin; stage < it.end; ++stage) {
         uint64_t& full = barriers.full[ring.index];
-        const uint32_t to = shared + ring.index * S::kStageBytes + S::kXBytes;
-        const int bytes = min(S::kSlices, work.slices - slice) * 512;
         wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
-        wgmma::barrier_arrive_expecting(full, blocks * bytes);
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i)
-          if (i < blocks) wgmma::copy_bytes(to + i * (S::kSlices * 512), from + i * block_bytes, bytes, full);
+        wgmma::barrier_arrive_expecting(full, S::kWordBytes);
+        wgmma::copy_box(shared + ring.index * S::kStageBytes + S::kXBytes, work.words, full, 0, stage * S::kSlices,
+                        tile * kBlocks, 0);
         ring.advance();
       }
     } else {
-      int64_t from = int64_t(slice / work.of_group) * p.n + first;
-      int left = slice % work.of_group == 0 ? 0 : work.of_group - slice % work.of_group;  // before the next group
-      if (left != 0) from += p.n;
+      // A lane has 8 scales, or 16 zeros
+      const bool zero = lane >= 16;
+      const int output = zero ? (lane - 16) * 16 : lane * 8, n = tile * kOutputs + output;
+      const bool has = n < p.n && (zero ? p.zeros && lane < 24 : true);
+      const uint32_t target = shared + S::kXBytes + S::kWordBytes + (zero ? 2 * kOutputs + output : 2 * output);
+      int slice = it.begin * S::kSlices, group = slice / work.of_group, in_group = slice - group * work.of_group;
 #pragma unroll 1
-      for (int stage = it.begin; stage < it.end; ++stage, slice += S::kSlices) {
-        uint64_t& full = barriers.full[ring.index];
-        const uint32_t to = shared + ring.index * S::kStageBytes + S::kXBytes + S::kWordBytes;
+      for (int stage = it.begin; stage < it.end; ++stage) {
         wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
-        const int slices = min(S::kSlices, work.slices - slice);
-        const bool middle = stage == it.begin && left != 0;  // of a group
-        int groups = middle;
-        for (int i = left; i < slices; i += work.of_group) ++groups;
-        wgmma::barrier_arrive_expecting(full, groups * outputs * (p.zeros ? 3 : 2));
-        auto copy = [&](int i, int64_t source) {
-          if (outputs == 0) return;
-          const uint32_t target = to + i * S::kFactorBytes;
-          wgmma::copy_bytes(target, static_cast<const char*>(p.scales) + source * 2, outputs * 2, full);
-          if (p.zeros) wgmma::copy_bytes(target + 2 * kOutputs, p.zeros + source, outputs, full);
-        };
-        if (middle) copy(0, from - p.n);
-#pragma unroll 1
-        for (; left < slices; left += work.of_group, from += p.n) copy(left, from);
-        left -= S::kSlices;
+#pragma unroll
+        for (int i = 0; i < S::kSlices; ++i, ++slice) {
+          if (slice < work.slices && (in_group == 0 || (stage == it.begin && i == 0)) && lane < 24) {
+            const int64_t from = has ? group * p.n + n : 0;
+            cp_async<16>(target + ring.index * S::kStageBytes + i * S::kFactorBytes,
+                         zero && p.zeros ? static_cast<const void*>(p.zeros + from)
+                                         : static_cast<const char*>(p.scales) + from * 2,
+                         has);
+          }
+          if (++in_group == work.of_group) in_group = 0, ++group;
+        }
+        wgmma::barrier_arrive_copies(barriers.full[ring.index]);
         ring.advance();
       }
+      cp_async_wait<0>();
     }
   }
 }
@@ -273,17 +283,19 @@ __device__ __forceinline__ void finish_tile(const Int4Params& p, int64_t row, in
   }
 }
 
-// To the box [kRows][64 outputs] in shared memory, in the swizzle of wgmma.cuh: lanes of a warp hit all banks.
-template <class T, int kSums>
-__device__ __forceinline__ void stage_tile(unsigned char* box, int warp, int lane, const float (&d)[kSums]) {
+// Sums of 8 rows each to the box [rows][64 outputs] in shared memory, in the swizzle of wgmma.cuh: lanes of a warp hit
+// all banks.
+template <class T, int kFirst, int kCount, int kSums>
+__device__ __forceinline__ void stage_rows(unsigned char* box, int warp, int lane, const float (&d)[kSums]) {
   const int t = lane & 3, g = lane >> 2;
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     unsigned char* const to = box + wgmma::swizzle128(2 * t + e, warp * 2 + g / 4) + g % 4 * 4;
 #pragma unroll
-    for (int j = 0; j < kSums / 4; ++j)
-      store_vec(reinterpret_cast<T*>(to + j * 1024),
-                Vec<T, 2>{from_float<T>(d[4 * j + e]), from_float<T>(d[4 * j + 2 + e])});
+    for (int j = 0; j < kCount; ++j) {
+      const int at = 4 * (kFirst + j) + e;
+      store_vec(reinterpret_cast<T*>(to + j * 1024), Vec<T, 2>{from_float<T>(d[at]), from_float<T>(d[at + 2])});
+    }
   }
 }
 
@@ -314,15 +326,19 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
     Factors<T, kSplit> factors;
     int left = 0, span = work.of_group - it.begin * S::kSlices % work.of_group;  // slices of this group, of the next
     int before = -1;
-#pragma unroll 1
-    for (int stage = it.begin; stage < it.end; ++stage) {
+    uint2 word[S::kSlices][4];
+    auto load = [&] {  // of the stage that is next in the ring
       wgmma::barrier_wait(barriers.full[ring.index], ring.parity);
-      const int base = ring.index * S::kStageBytes;
-      const uint64_t x = x_base + base / 16;
-      uint2 word[S::kSlices][4];
 #pragma unroll
       for (int j = 0; j < 4 * S::kSlices; ++j)
-        word[j / 4][j % 4] = *reinterpret_cast<const uint2*>(words + base + j * 128);
+        word[j / 4][j % 4] = *reinterpret_cast<const uint2*>(words + ring.index * S::kStageBytes + j * 128);
+    };
+    load();
+#pragma unroll 1
+    for (int stage = it.begin; stage < it.end; ++stage) {
+      const int index = ring.index, base = index * S::kStageBytes;
+      const uint64_t x = x_base + base / 16;
+      ring.advance();
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -337,6 +353,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
           --left;
           factors.apply(word[slice], 4 * t, a[i][s]);
         }
+        if (i == 1 && stage + 1 < it.end) load();
         wgmma::fence();
 #pragma unroll
         for (int s = 0; s < kBatch; ++s)
@@ -350,8 +367,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
         wgmma::wait<1>();  // the batch before is done
         if (i == 0 && before >= 0) release(before);
       }
-      before = ring.index;
-      ring.advance();
+      before = index;
     }
     wgmma::wait<0>();
     wgmma::pin(sum);
@@ -368,12 +384,19 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
       const int row = at.row * S::kRows, n = (at.output * size + rank) * kOutputs;
       const bool issues = warp % 4 == 0 && lane == 0;
       finish_tile<T>(p, row + 2 * t, n + output, sum);
-      if (issues) wgmma::wait_stores<true>();  // what was there has been read
-      wgmma::named_sync(1 + warp / 4, 128);
-      stage_tile<T>(out + warp / 4 * S::kOutBytes, warp % 4, lane, sum);
-      wgmma::fence_async_proxy();
-      wgmma::named_sync(1 + warp / 4, 128);
-      if (issues) wgmma::store_box(work.y, smem_address(out) + warp / 4 * S::kOutBytes, n + warp / 4 * 64, row);
+      unsigned char* const box = out + warp / 4 * S::kOutBytes;
+      auto turn = [&]<int kTurn>(std::integral_constant<int, kTurn>) {
+        constexpr int kCount = S::kSums / 4 / S::kTurns;
+        if (issues) wgmma::wait_stores<true>();  // what was there has been read
+        wgmma::named_sync(1 + warp / 4, 128);
+        stage_rows<T, kTurn * kCount, kCount>(box, warp % 4, lane, sum);
+        wgmma::fence_async_proxy();
+        wgmma::named_sync(1 + warp / 4, 128);
+        if (issues) wgmma::store_box(work.y, smem_address(box), n + warp / 4 * 64, row + kTurn * kCount * 8);
+      };
+      [&]<int... kTurn>(std::integer_sequence<int, kTurn...>) {
+        (turn(std::integral_constant<int, kTurn>()), ...);
+      }(std::make_integer_sequence<int, S::kTurns>());
     }
   }
   wgmma::wait_stores<false>();
@@ -385,17 +408,16 @@ template <class S, class T, bool kSplit>
 __global__ void __launch_bounds__(kThreads, 1)
     int4_many_kernel(const __grid_constant__ Int4Params p, const __grid_constant__ Work work) {
 #ifdef PAGEDKV_WGMMA
-  extern __shared__ unsigned char dynamic_shared[];
-  __shared__ Barriers<S::kStages> barriers;
-  unsigned char* const out = dynamic_shared + (-smem_address(dynamic_shared) & 1023u);
+  extern __shared__ __align__(1024) unsigned char out[];
   unsigned char* const shared = out + kConsumers * S::kOutBytes;
+  auto& barriers = *reinterpret_cast<Barriers<S::kStages>*>(shared + S::kStages * S::kStageBytes);
   const int lane = threadIdx.x & 31;
   const int warp = __shfl_sync(~0u, int(threadIdx.x >> 5), 0);  // tells the compiler that it is uniform
   const int rank = wgmma::cluster_rank(), size = wgmma::cluster_size();
   release_next();
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      wgmma::barrier_init(barriers.full[i], kProducers);
+      wgmma::barrier_init(barriers.full[i], kArrivals);
       wgmma::barrier_init(barriers.empty[i], 4 * kConsumers * size);
     }
     wgmma::fence_barriers();
@@ -403,7 +425,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   wgmma::cluster_sync();
   if (warp < 4) {
     wgmma::give_registers<kProducerRegisters>();
-    if (warp < kProducers && wgmma::elect()) produce<S>(p, work, barriers, smem_address(shared), warp, rank, size);
+    produce<S>(p, work, barriers, smem_address(shared), warp, lane, rank, size);
   } else {
     wgmma::take_registers<kConsumerRegisters>();
     consume<S, T, kSplit>(p, work, barriers, shared, out, warp - 4, lane, rank, size);
@@ -437,40 +459,52 @@ __global__ void __launch_bounds__(128 * kConsumers)
   store_outputs<T, 2>(p, row + 1, n, odd);
 }
 
-// How a product is cut up: rows of a tile, and the parts that K is cut into in the tiles of the last, unfilled round.
+// How a product is cut up: rows of a tile, CTAs of a cluster, and the parts that K is cut into in the tiles of the
+// last, unfilled round. Clusters pay where many tiles of the same x are under way: 305 us for 324 at 2048 x 14336 x
+// 4096, but 62 for 60 at 128 x 28672 x 4096.
 struct Cut {
-  int rows, parts;
+  int rows, size, parts;
 };
-Cut choose(const Int4Params& p, int size, int clusters) {
+Cut choose(const Int4Params& p, const Int4Device& device) {
   Cut best{};
   double least = 0;
   for (const int rows : {256, 128}) {
-    const int64_t tiles = ceil_div(p.m, rows) * ceil_div(p.n, kOutputs * size), left = tiles % clusters;
+    const int size = device.has_clusters && rows == 256 && p.m > 512 && p.n > kOutputs ? 2 : 1;
+    const int clusters = std::max(1, device.sms / size);
+    const int64_t tiles = int64_t(ceil_div(p.m, rows)) * ceil_div(p.n, kOutputs * size), left = tiles % clusters;
     // us of a tile, measured on an H200
-    const double tile = double(p.k) / 4096 * (rows == 256 ? 42 : 28);
+    const double tile = double(p.k) / 4096 * (rows == 256 ? 43 : 28);
     for (int parts = 1; parts <= (left > 0 ? 8 : 1) && (parts == 1 || p.k >= 512 * parts); ++parts) {
       const double megabytes = double(left * parts * size) * rows * kOutputs * 4e-6;
       const double time = tile * (double(tiles / clusters) + double(ceil_div(left * parts, clusters)) / parts) +
                           (parts > 1 ? 2 + 0.6 * megabytes : 0);
-      if (best.rows == 0 || time < least) best = {rows, parts}, least = time;
+      if (best.rows == 0 || time < least) best = {rows, size, parts}, least = time;
     }
   }
   return best;
 }
 
+// Few weights and rows are int4_mma.cu's: the CTAs here are large.
+bool pays(const Int4Params& p, int sms) { return p.m >= kInt4Expand || p.n * p.k / sms >= 60000; }
+
 template <class S, class T, bool kSplit>
-bool launch(const Int4Params& p, const Tensor& like, int size, int clusters, int parts, cudaStream_t stream) {
+bool launch(const Int4Params& p, const Tensor& like, const Int4Device& device, const Cut& by, cudaStream_t stream) {
+  const int size = by.size, clusters = std::max(1, device.sms / size);
   Work work{};
   const int64_t row_tiles = ceil_div(p.m, S::kRows), output_tiles = ceil_div(p.n, kOutputs * size);
-  if (!describe_tensor(work.x, p.x, p.k_padded, {{p.m, p.x_stride * 2, S::kRows / size}, {1, 16, 1}, {1, 16, 1}}) ||
-      !describe_tensor(work.y, p.y, p.n, {{p.m, p.n * 2, S::kRows}, {1, 16, 1}, {1, 16, 1}}))
+  const int64_t slices = p.k_padded / kInt4Block;
+  if (!describe_tensor(work.words, p.packed, 256,
+                       {{slices, 512, S::kSlices}, {ceil_div(p.n, kInt4Block), slices * 512, kBlocks}, {1, 16, 1}},
+                       false) ||
+      !describe_tensor(work.x, p.x, p.k_padded, {{p.m, p.x_stride * 2, S::kRows / size}, {1, 16, 1}, {1, 16, 1}}) ||
+      !describe_tensor(work.y, p.y, p.n, {{p.m, p.n * 2, S::kRows / S::kTurns}, {1, 16, 1}, {1, 16, 1}}))
     return false;
-  work.slices = int(p.k_padded / kInt4Block), work.stages = (work.slices + S::kSlices - 1) / S::kSlices;
+  work.slices = int(slices), work.stages = (work.slices + S::kSlices - 1) / S::kSlices;
   work.of_group = p.group >= p.k ? S::kSlices * work.stages : int(p.group / kInt4Block);
   work.row_tiles = int(row_tiles), work.output_tiles = int(output_tiles);
   work.per_group = 2048 / S::kRows;
   const int64_t tiles = row_tiles * output_tiles;
-  work.of_part = int(ceil_div(work.stages, std::min(parts, work.stages)));
+  work.of_part = int(ceil_div(work.stages, std::min(by.parts, work.stages)));
   work.parts = int(ceil_div(work.stages, work.of_part));
   work.whole = int(work.parts > 1 ? tiles / clusters * clusters : tiles);
   const int64_t cut = tiles - work.whole;
@@ -502,16 +536,15 @@ bool launch_int4_many<PAGEDKV_TYPE>(const Int4Params& p, const Tensor& like, cud
       !aligned(p.zeros) || !aligned(p.bias) || !aligned(p.residual) || p.m > (1 << 24) || p.n > (1 << 28))
     return false;
   const Int4Device& d = int4_device();
-  if (!d.has_wgmma) return false;
-  const int size = d.has_clusters && p.n > kOutputs ? 2 : 1, clusters = std::max(1, d.sms / size);
-  const Cut cut = choose(p, size, clusters);
+  if (!d.has_wgmma || !pays(p, d.sms)) return false;
+  const Cut by = choose(p, d);
   auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
     using S = Shape<kRows>;
     if constexpr (!kHalf)
-      if (p.scale_type == ScalarType::Half) return launch<S, T, true>(p, like, size, clusters, cut.parts, stream);
-    return launch<S, T, false>(p, like, size, clusters, cut.parts, stream);
+      if (p.scale_type == ScalarType::Half) return launch<S, T, true>(p, like, d, by, stream);
+    return launch<S, T, false>(p, like, d, by, stream);
   };
-  return cut.rows == 128 ? run(std::integral_constant<int, 128>()) : run(std::integral_constant<int, 256>());
+  return by.rows == 128 ? run(std::integral_constant<int, 128>()) : run(std::integral_constant<int, 256>());
 }
 
 }  // namespace pagedkv

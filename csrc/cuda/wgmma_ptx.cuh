@@ -176,12 +176,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, u
                "l"(source), "r"(bytes), "r"(address)
                : "memory");
 }
-// The same for a barrier that was told by barrier_arrive_expecting.
-__device__ __forceinline__ void copy_bytes(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-               "l"(source), "r"(bytes), "r"(smem_address(&barrier))
-               : "memory");
-}
 // What this thread wrote to shared memory by ordinary stores, or by copies that have arrived, becomes visible to
 // products that are issued behind a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

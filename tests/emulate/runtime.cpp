@@ -563,7 +563,7 @@ void for_each_element(const BoxCopy& c, F f) {
             const int64_t at = int64_t(c.at[d]) + i[d];
             source = at < 0 || uint64_t(at) >= c.map.sizes[d] ? nullptr : source + at * int64_t(c.map.strides[d]);
           }
-          f(swizzle128(c.target + 2 * n), source);
+          f(c.map.swizzled ? swizzle128(c.target + 2 * n) : c.target + 2 * n, source);
         }
 }
 
@@ -679,12 +679,6 @@ void mbarrier_expect(uint64_t& barrier, int bytes) { as_mbarrier(barrier).bytes 
 void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
   while ((as_mbarrier(barrier).phase & 1) == parity) wait(mbarrier_phases);
 }
-void mbarrier_deliver(uint64_t& barrier, int bytes) {
-  Mbarrier& b = as_mbarrier(barrier);
-  if (b.bytes < bytes) fail("a copy of bytes that no barrier expects");
-  b.bytes -= bytes;
-  complete_phase(b);
-}
 // At once, the soonest that it may be: products that are still to read what was there are wrong.
 void copy_bulk(uint32_t target, const void* source, uint32_t bytes) {
   if (target % 16 || uintptr_t(source) % 16 || bytes % 16)
@@ -740,10 +734,11 @@ void named_barrier(int id, int threads, bool stay) {
 
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t rank, void* data,
                                 const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
-                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  bool right = rank == 4 && uintptr_t(map) % 64 == 0 && uintptr_t(data) % 16 == 0 && 2 * box[0] <= 128;
-  *map = {static_cast<const char*>(data), {}, {2}, {}};
+  const bool swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
+  bool right = rank == 4 && uintptr_t(map) % 64 == 0 && uintptr_t(data) % 16 == 0 && (!swizzled || 2 * box[0] <= 128);
+  *map = {static_cast<const char*>(data), {}, {2}, {}, swizzled};
   for (int d = 0; right && d < 4; ++d) {
     right = sizes[d] >= 1 && sizes[d] <= 1ull << 32 && box[d] >= 1 && box[d] <= 256 && steps[d] == 1;
     if (d > 0) map->strides[d] = strides[d - 1], right &= strides[d - 1] % 16 == 0 && strides[d - 1] < 1ull << 40;

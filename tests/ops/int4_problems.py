@@ -117,7 +117,8 @@ def random_problem(device: str, seed: int) -> Problem:
     pick, new = random.Random(seed), Inputs(device, seed)
     dtype = pick.choice(FLOATS)
     rows = pick.choice([1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 31, 33, 64, 65, 130, 257, 300])
-    n, k = pick.choice([1, 5, 31, 32, 45, 64, 96, 130, 260]), pick.choice([1, 7, 31, 32, 96, 130, 256, 576, 1000, 1288])
+    n = pick.choice([1, 5, 31, 32, 45, 64, 96, 130, 144, 260, 272])
+    k = pick.choice([1, 7, 31, 32, 96, 130, 256, 576, 1000, 1288])
     if pick.random() < 0.2:  # more weights, which some kernels are for
         rows, n, k = pick.choice([17, 33, 65, 300]), pick.choice([260, 516]), pick.choice([1000, 1600, 2048])
     group, kind = pick.choice([32, 64, 96, 128, 160, 1 << 20]), pick.choice(INT4_KINDS)

@@ -68,7 +68,7 @@ def test_a_chain_equals_its_steps() -> None:
             assert same_bits(got, exact)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 16, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16, 64, 300])
 def test_layers_of_4_bits_equal_their_steps(rows: int) -> None:
     """Products of 4-bit weights between norms and activations, as in a model: each reads what was written last."""
     new = Inputs("cuda")
