@@ -46,21 +46,25 @@
 //   one warp issues all boxes, from lane == 0                       115   328   437   464   399
 //   a warp each for K and V, elect.sync instead of lane == 0        121   402   602   573   540
 //   the query by the copy engine too, a ring of items               132   396   612   573   588
-//   next item late; items and masks out of the way of the loop      136   473   629         572 (596 without turns)
+//   next item late; items and masks out of the way of the loop      136   473   629         596
 //   the same with three consumers, 192 rows                         111   479   679   666   457 (fewer items than SMs)
+// FA3 as in vLLM makes 618 at 8k, 590 at 32k and 635 after 16k beside 667, 646 and 593, cuBLAS 669 in the same run.
 // To ptxas lane == 0 may be many lanes: it wraps every copy in a loop over them, and the loader is what all wait for.
 // When items were taken as soon as the ring had room, the first CTAs had five of them before others had two: a third
-// of the time at 2k. The rest is the softmax' time, which a consumer's products wait for; it went into addresses of
-// barriers worked out again from a special register, items moved from register to register, and five jumps over code
+// of the time at 2k. The rest is the time of the softmax, which a consumer's products wait for; it went into addresses
+// of barriers worked out again from a special register, items moved from register to register, and five jumps over code
 // that does not run, each a miss of the instruction cache.
 //   head_dim 64, 8k    384 before; two consumers 422, three 488 (447 overlapped with themselves)
 //   head_dim 256, 8k   625 before; 727 (711 without turns)
-//   softcap 50, 8k     404 before; tanh.approx and three consumers 545. Its relative error of 2^-11 is a quarter of a
-//                      rounding to bf16, but far from float32: where an lse is asked for, tanh costs ten instructions.
+//   softcap 50, 8k     404 before; 555 by tanh.approx. Its relative error of 2^-11 is a quarter of a rounding to bf16,
+//                      but far from float32: where an lse is asked for, tanh costs ten instructions.
 //   window 4096, 16k   584 before; 665
+// Rows have the same bits by two consumers and by three.
+//
 // Tried without gain: some of the exponentials by polynomials on the multipliers (1, 2 or 3 of 8: 4, 8, 13 % slower),
-// two tiles' notice of an item's end instead of one, 16 MB of L2 or all heads side by side (+- 2 %), 24 against 40
-// registers for the producer, L2 promotion of 0, 128 or 256 bytes.
+// a third stage of K and V in place of a second one of Q (0 .. 5 % slower), two tiles' notice of an item's end instead
+// of one, 16 MB of L2 or all heads side by side (+- 2 %), 24 against 40 registers for the producer, L2 promotion of 0,
+// 128 or 256 bytes.
 #pragma once
 
 #include <cuda.h>
@@ -124,15 +128,14 @@ struct Item {
 
   Item() = default;
   template <class S>
-  __device__ __forceinline__ Item(S, const Params& p, int sequence_, int row_tile, int kv_head_)
-      : sequence(sequence_), kv_head(kv_head_) {
+  __device__ __forceinline__ Item(S, const Params& p, int sequence_, int seq_len, int query_len, int query_start_,
+                                  int row_tile, int kv_head_)
+      : sequence(sequence_), kv_head(kv_head_), query_start(query_start_) {
     const AttentionParams& a = p.a;
-    const int query_len = a.query_len[sequence], seq_len = a.seq_lens[sequence];
     const int first_row = row_tile * S::kRows, length = readable_keys(a, seq_len);
     first_token = first_row / p.group;
     first_head = first_row - first_token * p.group;
     rows = int(min(int64_t(S::kRows), int64_t(query_len) * p.group - first_row));
-    query_start = a.query_start[sequence];
     shift = seq_len - query_len;  // from a query's token number to its position
     first_key = 0, keys = length;
     if (!a.block_tables) {
@@ -215,11 +218,10 @@ struct Planner {
     const AttentionParams& a = p.a;
     for (; sequence < a.num_seqs; sequence += 32) {
       const int s = sequence + lane;
-      int tiles = 0, keys = 0;
-      if (s < a.num_seqs && a.seq_lens[s] > 0 && a.query_len[s] > 0) {
-        keys = a.seq_lens[s];
-        tiles = int((int64_t(min(a.query_len[s], a.max_query_len)) * p.group + S::kRows - 1) / S::kRows);
-      }
+      int tiles = 0, keys = 0, queries = 0, start = 0;
+      if (s < a.num_seqs) keys = a.seq_lens[s], queries = a.query_len[s], start = a.query_start[s];
+      if (keys > 0 && queries > 0)
+        tiles = int((int64_t(min(queries, a.max_query_len)) * p.group + S::kRows - 1) / S::kRows);
       const int items = tiles * a.num_kv_heads;
       int sum = items;  // up to and with this lane's
 #pragma unroll
@@ -231,12 +233,15 @@ struct Planner {
       if (n - before < total) {
         const int owner = __ffs(__ballot_sync(~0u, n - before < sum)) - 1;
         const int row_tiles = __shfl_sync(~0u, tiles, owner);
-        const int heads = heads_together(__shfl_sync(~0u, keys, owner));
+        keys = __shfl_sync(~0u, keys, owner);
+        queries = __shfl_sync(~0u, queries, owner);
+        start = __shfl_sync(~0u, start, owner);
+        const int heads = heads_together(keys);
         int m = n - before - __shfl_sync(~0u, sum - items, owner);
         const int first_head = m / (heads * row_tiles) * heads;
         m -= first_head * row_tiles;
         const int width = min(heads, a.num_kv_heads - first_head), row = m / width;
-        return Item(S{}, p, sequence + owner, row_tiles - 1 - row, first_head + m - row * width);
+        return Item(S{}, p, sequence + owner, keys, queries, start, row_tiles - 1 - row, first_head + m - row * width);
       }
       before += total;
     }
@@ -394,9 +399,13 @@ __device__ __forceinline__ void produce(const Call& call, Barriers<S>& barriers,
     }
   }
   Planner<S> planner{call.p, lane};
-  for (;;) {
-    if (item_ring.count > 0) wgmma::barrier_wait(barriers.wanted, (item_ring.count - 1) & 1);
-    const Item item = planner.next(item_ring.count == 0);
+  wgmma::Count<1> wanted;
+  for (bool first = true;; first = false) {
+    if (!first) {
+      wgmma::barrier_wait(barriers.wanted, wanted.parity());
+      wanted.advance();
+    }
+    const Item item = planner.next(first);
     wgmma::barrier_wait(barriers.item_empty[item_ring.index()], item_ring.parity() ^ 1);
     if (lane == 0) {
       barriers.items[item_ring.index()] = item;
@@ -420,7 +429,8 @@ struct Consumer {
   const Params& p;
   Barriers<S>& barriers;
   const int group, lane;
-  const int my_row;  // of the item, and the one 8 below
+  const int my_row;    // of the item, and the one 8 below
+  const bool unusual;  // logits
   // Products, to which a block of 64 columns is four steps of 16
   const uint32_t q_base, k_base, v_base;
   float out[kDim / 2], s[kKeys / 2];
@@ -441,6 +451,7 @@ struct Consumer {
         group(group_),
         lane(lane_),
         my_row(group_ * 64 + warp * 16 + (lane_ >> 2)),
+        unusual(p_.a.softcap > 0.f || p_.logit_scale != 1.f || p_.a.alibi_slopes),
         q_base(wgmma::descriptor_low(q_tiles + group_ * 64 * 128, 16)),
         k_base(wgmma::descriptor_low(k_tiles, 16)),
         v_base(wgmma::descriptor_low(v_tiles, S::kKvBlock)) {}
@@ -497,15 +508,13 @@ struct Consumer {
     if (from_producer(item.rows) == 0) return false;
     tile = from_producer(item.first_tile), last_tile = from_producer(item.last_tile);
     plain_tile = from_producer(item.plain_tile);
-    const AttentionParams& a = p.a;
-    const bool plain =
-        a.softcap <= 0.f && p.logit_scale == 1.f && !a.alibi_slopes && !from_producer(barriers.holes[index]);
-    plain_tiles = plain ? from_producer(item.plain_tiles) : 0;
+    plain_tiles = from_producer(barriers.holes[index]) ? 0 : from_producer(item.plain_tiles);
     top[0] = top[1] = kNegInf, sum[0] = sum[1] = 0.f;
     wgmma::barrier_wait(barriers.q_full[q_ring.index()], q_ring.parity());
     return true;
   }
 
+  __device__ __forceinline__ bool masked() const { return uint32_t(tile - plain_tile) >= uint32_t(plain_tiles); }
   // Logits that are more than a scaled dot product, and masks.
   __device__ __forceinline__ void adjust() {
     const AttentionParams& a = p.a;
@@ -525,7 +534,7 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) s[i] *= p.logit_scale;
     }
-    if (!a.alibi_slopes && uint32_t(tile - plain_tile) < uint32_t(plain_tiles)) return;
+    if (!a.alibi_slopes && !masked()) return;
     const int index = item_ring.index();
     const Item item = read_item(barriers.items[index], lane);
     if (a.alibi_slopes) {
@@ -540,7 +549,7 @@ struct Consumer {
           for (int i = 0; i < 2; ++i) s[4 * n + 2 * h + i] += slope * float(distance + 8 * n + i);
       }
     }
-    if (uint32_t(tile - item.plain_tile) >= uint32_t(item.plain_tiles)) {
+    if (masked()) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const KeyRange seen = item.seen(p, my_row + 8 * h);
@@ -565,7 +574,7 @@ struct Consumer {
 
   // Dot products -> exponentials, in place
   __device__ __forceinline__ void softmax() {
-    if (uint32_t(tile - plain_tile) >= uint32_t(plain_tiles)) adjust();
+    if (unusual || masked()) adjust();
     const float scale = exp2_scale();
     // `top` is the maximum itself: the largest term is 1, which rounding leaves alone. Tiles that move no maximum
     // leave `out` alone.

@@ -50,14 +50,16 @@ struct Ring {
   }
 };
 
-// The same in one register, for a power of two.
+// The same for a power of two, in one register.
 template <int kStages>
-struct Count {
+class Count {
   static_assert((kStages & (kStages - 1)) == 0);
-  uint32_t count = 0;
-  __device__ __forceinline__ int index() const { return int(count % kStages); }
-  __device__ __forceinline__ uint32_t parity() const { return count / kStages & 1; }
-  __device__ __forceinline__ void advance() { ++count; }
+  uint32_t count_ = 0;
+
+ public:
+  __device__ __forceinline__ int index() const { return int(count_ % kStages); }
+  __device__ __forceinline__ uint32_t parity() const { return count_ / kStages & 1; }
+  __device__ __forceinline__ void advance() { ++count_; }
 };
 
 }  // namespace pagedkv::wgmma

@@ -135,16 +135,14 @@ def test_features(device: str, options: dict[str, Any]) -> None:
     check_all(paged(device, (290, 170, 2), dtype=torch.float16, cache_dtype=torch.int8, **options).replace(**changes))
 
 
-@pytest.mark.parametrize("softcap", [0.0, 3.0, 50.0])
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_many_sequences_without_lse(device: str, d: int, softcap: float) -> None:
-    """More work than a device has processors for. The logits need not be float32 where no lse is asked for."""
-    lens = [1 + 37 * i % 290 for i in range(14)]
-    query_lens = [max(1, n // (1 + i % 3)) for i, n in enumerate(lens)]
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+@pytest.mark.parametrize("d", [64, 128])
+def test_many_heads(device: str, d: int, softcap: float) -> None:
+    """More work than a device has processors for. Logits need not be as exact as float32 without an lse."""
     for dtype in (torch.float16, torch.bfloat16):
-        p = paged(device, lens, query_lens, d=d, dtype=dtype, heads=20, kv_heads=10, softcap=softcap)
-        p = p.replace(return_lse=False)
-        assert_accurate(p.run()[0], p.stock()[0], p.exact()[0])
+        p = paged(device, (200, 9), (96, 5), d=d, dtype=dtype, heads=140, kv_heads=70, softcap=softcap)
+        check(p, p.run())
+        assert_accurate(p.replace(return_lse=False).run()[0], p.stock()[0], p.exact()[0])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
