@@ -390,6 +390,7 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
 }
 
+inline void tanh_approx_f32(float& y, float x) { y = approximate(tanhf(x), 1 << 12); }
 inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w,
                                                        const uint4* p) {
   const uint4 loaded = __ldg(p);

@@ -162,6 +162,9 @@ def attention_samples(device: str) -> Iterator[Sample]:
             yield "paged_attention", args, kwargs
             yield "paged_attention_v2", args, {**kwargs, "num_splits": 2}
         yield "flash_attention", *make.dense(PREFILL, 64, dtype, **features)
+    for dtype, d in ((torch.float16, 64), (torch.bfloat16, 128)):  # enough rows for 192 at a time
+        for features in ({}, FEATURES[-1]):
+            yield "paged_attention", *make.paged(([96, 5], [200, 9]), d, dtype, dtype, heads=(140, 70), **features)
     for dtype, d in itertools.product(FLOATS, (64, 256)):
         for groups in (((3, 48), (2, 16)), ((34, 160), (1, 16))):  # by the decode kernel, by the prefill kernel
             own = [1 + 17 * s % 50 for s in range(sum(n for n, _ in groups) + 1)]
