@@ -103,6 +103,8 @@ constexpr int kInt4Expand = 128;
 // Tensor cores, for __half and __nv_bfloat16; one unit of int4_mma.cu each.
 template <class T>
 void launch_int4_mma(const Int4Params& p, cudaStream_t stream);
+template <class T>
+void launch_int8_mma(const Int4Params& p, cudaStream_t stream);  // of 8 bits; int8_mma.cu
 // Hopper's, for many rows: false where it cannot. `like`: a tensor on the device. Units of int4_wgmma.cu.
 template <class T>
 bool launch_int4_wgmma(const Int4Params& p, const Tensor& like, cudaStream_t stream);

@@ -41,6 +41,8 @@ BOUND = 0.005
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: inputs and outputs have to be multiples of this, for the products of a GPU
 MULTIPLE = {torch.int8: 8, torch.float8_e4m3fn: 16}
+#: rows up to which a GPU takes `ops.scaled_linear`
+FEW_ROWS = 8
 
 
 class EightLinear(PackedLinear):
@@ -74,6 +76,8 @@ class EightLinear(PackedLinear):
         q, scales, factor, one = operands
         rotation = cls.rotation(inputs)
         rounded, row_scale = ops.quantize_per_token(x, factor, rotation=rotation, dtype=q.dtype)
+        if x.is_cuda and rounded.numel() <= FEW_ROWS * inputs:
+            return ops.scaled_linear(rounded, row_scale, q, scales, bias, dtype=x.dtype)
         sums = cls.multiply(rounded.reshape(-1, inputs), q, one).view(*x.shape[:-1], q.shape[0])
         return ops.dequantize_sums(sums, row_scale, scales, bias, dtype=x.dtype)
 
@@ -100,7 +104,7 @@ class EightLinear(PackedLinear):
         if factor is not None:
             wide = wide / factor
         q, scales = ops.quantize_per_token(wide, rotation=rotation, dtype=cls.dtype)
-        parts: tuple[Any, ...] = (q, scales, factor, torch.ones((), device=weight.device))
+        parts: tuple[Any, ...] = (q, scales, factor, torch.ones((), dtype=torch.float32, device=weight.device))
         return PackedWeight(cls, parts, inputs, inputs, weight.shape[0])
 
 
