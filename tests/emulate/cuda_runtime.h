@@ -313,6 +313,10 @@ T __ldg(const T* p) {
   return *p;
 }
 template <class T>
+void __stcg(T* p, T x) {
+  *p = x;
+}
+template <class T>
 T __ldcs(const T* p) {
   return *p;
 }
