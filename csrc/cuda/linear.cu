@@ -21,6 +21,11 @@
 // In a model of Llama-3-8B's shape a layer's four take 112.1 us at 1 row, cuBLAS's with their two reductions 114.4; at
 // 8 rows cuBLAS is 1 % faster there.
 //
+// scaled_linear, 1 (8) rows: int8 6.7 (7.2) for 4096x4096, 32.2 (33.1) for 28672x4096, 17.8 (18.5) for 4096x14336;
+// float8 6.9 (7.6), 31.3 (32.9), 18.5 (20.0). torch's products with quantize_per_token and dequantize_sums at 1 row:
+// int8 16.6, 39.2, 42.9, float8 10.0, 32.9, 23.0; with scaled_linear instead of them 9.6, 34.5, 24.0
+// and 8.9, 33.2, 21.9.
+//
 // Tried: loads without the hint that L2 fetch 128 bytes (63.7 us for 28672x4096, 277 for 128256x4096; __ldcs the same),
 // with one of 256 (57.9, 248); no slice loaded ahead (57.9, and 34.9 for 4096x14336); 4 warps (36.6 for 4096x14336), 2
 // or 4 slices of a warp at a time (no better); 16 warps for a short K (59.5 for 28672x4096), 8 for a long one (30.9 for
