@@ -215,6 +215,9 @@ def samples(device: str) -> Iterator[Sample]:
         sums = new.normal(3, n, scale=1e4)
         args = (new.normal(3).abs(), factor, new.normal(n, dtype=dtype), dtype)
         yield "dequantize_sums", (sums if stored == torch.int8 else sums.int(), *args), {}
+        q, w = (new.normal(rows, 16 * (n // 16) + n % 2, scale=20).to(stored) for rows in (11, 45))
+        scales, bias = (new.normal(11).abs(), new.normal(45).abs()), new.normal(45, dtype=dtype)
+        yield "scaled_linear", (q, scales[0], w, scales[1], bias, dtype), {}
     if device == "cuda":  # the host tier
         mapping = torch.tensor([[0, 4], [2, 1]])
         yield "swap_blocks", (torch.randn(3, 8, 4).pin_memory(), new.normal(5, 8, 4), mapping), {}
