@@ -46,16 +46,22 @@ void launch(const AttentionParams& p, int element, int num_splits, const Tensor&
   launch_planned(kKernel, plan, 32 * config.warps, L::bytes(config.warps), stream, p, plan, access);
 }
 
-template <class T, KVType kKV, int kDim, int kTiles>
+template <class T, KVType kKV, int kDim, int kTiles, bool kMany>
 void launch_quantized(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
-  constexpr auto kKernel = paged_decode_quantized_kernel<T, kKV, kDim, kTiles>;
-  launch<kKernel, QuantizedLayout<kDim, kTiles>, kDim>(p, 1, num_splits, like, stream);
+  constexpr auto kKernel = paged_decode_quantized_kernel<T, kKV, kDim, kTiles, kMany>;
+  launch<kKernel, QuantizedLayout<kDim, kTiles, kMany>, kDim>(p, 1, num_splits, like, stream);
 }
 template <class T, KVType kKV, int kDim>
 void launch_quantized(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
+  using L = QuantizedLayout<kDim, 1, false>;
   const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
-  const auto launch = rows <= 8 ? launch_quantized<T, kKV, kDim, 1> : launch_quantized<T, kKV, kDim, 2>;
-  launch(p, num_splits, like, stream);
+  if (rows > 8) return launch_quantized<T, kKV, kDim, 2, false>(p, num_splits, like, stream);
+  if constexpr (L::kFits) {
+    // More items than CTAs with deep pipelines: each has several, and others must work while it starts one.
+    if (int64_t(p.num_seqs) * p.num_kv_heads > L::kResident * current_device().sms)
+      return launch_quantized<T, kKV, kDim, 1, true>(p, num_splits, like, stream);
+  }
+  launch_quantized<T, kKV, kDim, 1, false>(p, num_splits, like, stream);
 }
 
 }  // namespace

@@ -31,14 +31,20 @@
 // states. When a run ends, a warp's slots hold its O for the merge. Registers at kDim 128, one tile: O 32, Q 32 / 2,
 // S 8.
 //
-// Floor: bytes of K, V and scales / memory bandwidth (4.28 TB/s on an H200).
+// Floor: bytes of K, V and scales / memory bandwidth (4.28 TB/s on an H200): 129 us at 32 x 8192. Per 16 keys of 128
+// dimensions and a warp: 343 instructions, 627 in paged_decode.cuh's form, with a part of 90 of the copies (190 before:
+// half a warp copies 8 keys, so a lane needs one page; what a lane keeps is kept from being computed again, 42 fewer).
+// Measured, us, int8, 2 CTAs of 5 slots a warp and 4 CTAs of 2, in one process: 32 x 8192 134 and 137 (bf16 247.5), 32
+// x 4096 70.0 and 71.6, 32 heads 32 x 2048 141.5 and 139.4, 64 ragged of 2048 99 and 82. 3 CTAs of 3: 140.5, 75, 141,
+// 90. Without computing, 132 at 32 x 8192 and 126 without the scales; with scales [head, token], 132.1 for 132.4. L2
+// fetching 256 bytes at a time reads other heads for nothing: 192 for 141.5 with 32 heads.
 #pragma once
 
 #include "paged_decode.cuh"
 
 namespace pagedkv {
 
-template <int kDim, int kTiles>
+template <int kDim, int kTiles, bool kMany>
 struct QuantizedLayout {
   static_assert(kDim % 32 == 0 && kDim <= 256 && (kTiles == 1 || kTiles == 2));
   static constexpr int kWarps = kDecodeWarps;
@@ -47,9 +53,11 @@ struct QuantizedLayout {
   static constexpr int kChunks = kDim / 16;        // 16-byte chunks of a key
   static constexpr int kTileBytes = kKeys * kDim;  // K or V
   static constexpr int kSlotBytes = 2 * kTileBytes + 2 * kKeys * 4;
-  // CTAs a multiprocessor that registers and shared memory are sized for.
-  static constexpr int kResident = kDim * kTiles <= 256 ? 2 : 1;
-  static constexpr int kStages = kDim <= 64 ? 8 : kDim <= 128 ? 5 : 3;
+  // CTAs a multiprocessor that registers and shared memory are sized for, and the slots of a warp. kMany: more of them
+  // with fewer slots, for stretches of several runs.
+  static constexpr bool kFits = kTiles == 1 && (kDim == 96 || kDim == 128);  // whether there is such a kernel
+  static constexpr int kResident = kMany ? 4 : kDim <= 64 ? 3 : kDim * kTiles <= 256 ? 2 : 1;
+  static constexpr int kStages = kMany ? 2 : kDim <= 32 ? 6 : kDim <= 64 ? 3 : kDim <= 128 ? 5 : 3;
   static constexpr int kWarpBytes = kStages * kSlotBytes;
   static constexpr bool kQueryInRegisters = kDim * kTiles <= 256;
   static constexpr int kQueryBytes = kRows * kDim * 2;
@@ -99,11 +107,11 @@ __device__ __forceinline__ uint32_t row_at(uint32_t address, int i) {
 __device__ __forceinline__ void keep(uint32_t& x) { asm volatile("mov.b32 %0, %1;" : "=r"(x) : "r"(x)); }
 __device__ __forceinline__ void keep(const uint8_t*& x) { asm volatile("mov.b64 %0, %1;" : "=l"(x) : "l"(x)); }
 
-template <class T, KVType kKV, int kDim, int kTiles>
-__global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTiles>::kResident)
+template <class T, KVType kKV, int kDim, int kTiles, bool kMany>
+__global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTiles, kMany>::kResident)
     paged_decode_quantized_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                                   const DecodeAccess access) {
-  using L = QuantizedLayout<kDim, kTiles>;
+  using L = QuantizedLayout<kDim, kTiles, kMany>;
   using Key = KeyNumbers<kKV>;
   constexpr bool kScaledQuery = !std::is_same_v<T, __half>;
   constexpr float kWeight = 256.f, kSlack = 6.f;
@@ -176,8 +184,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
           const bool within = copy_chunk * 16 < p.head_dim;
 #pragma unroll
           for (int i = 0; i < 8; i += kRows) {
-            cp_async_stream(row_at<L::kChunks>(to, i), k, within, once);
-            cp_async_stream(row_at<L::kChunks>(to, i) + L::kTileBytes, v, within, once);
+            cp_async_stream < kDim<128 ? 64 : 128>(row_at<L::kChunks>(to, i), k, within, once);
+            cp_async_stream < kDim<128 ? 64 : 128>(row_at<L::kChunks>(to, i) + L::kTileBytes, v, within, once);
             k += kRows * k_row, v += kRows * v_row;
           }
         } else {
@@ -186,8 +194,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
             const int e = lane % 16 + 16 * i, r = e / L::kChunks, c = e % L::kChunks;
             const uint32_t to_chunk = slot + swizzle<L::kChunks>(8 * half + r, c) * 16;
             const bool within = c * 16 < p.head_dim;
-            cp_async_stream(to_chunk, k_base + k_at + r * k_row + c * 16, within, once);
-            cp_async_stream(to_chunk + L::kTileBytes, v_base + v_at + r * v_row + c * 16, within, once);
+            cp_async_stream < kDim<128 ? 64 : 128>(to_chunk, k_base + k_at + r * k_row + c * 16, within, once);
+            cp_async_stream <
+                kDim<128 ? 64 : 128>(to_chunk + L::kTileBytes, v_base + v_at + r * v_row + c * 16, within, once);
           }
         }
       } else {

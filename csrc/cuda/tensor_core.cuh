@@ -39,12 +39,18 @@ __device__ __forceinline__ void cp_async(uint32_t target, const void* source, bo
 __device__ __forceinline__ void cp_async_stream(uint32_t target, const void* source) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
 }
-// The same beside data that is read again (`policy` from read_once): gives way to it in L2. Zeros where !valid.
+// The same, kAhead bytes at a time (64 or 128: no more than a row has), with a policy of read_once; zeros where !valid.
+template <int kAhead>
 __device__ __forceinline__ void cp_async_stream(uint32_t target, const void* source, bool valid, uint64_t policy) {
   const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
-               "r"(bytes), "l"(policy)
-               : "memory");
+  if constexpr (kAhead == 128)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::64B [%0], [%1], 16, %2, %3;" ::"r"(target), "l"(source),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
 }
 // 4 or 8 bytes whose neighbours are needed, too: L2 fetches 128 at a time.
 template <int kBytes>

@@ -429,6 +429,10 @@ inline void cp_async_cg_shared_global_L2_cache_hint_L2_128B(uint32_t target, con
   if (policy != kEvictFirst) fail("cp.async with a policy of %lx", policy);
   cp_async_cg_shared_global(target, source, size, bytes);
 }
+inline void cp_async_cg_shared_global_L2_cache_hint_L2_64B(uint32_t target, const void* source, int size, int bytes,
+                                                           uint64_t policy) {
+  cp_async_cg_shared_global_L2_cache_hint_L2_128B(target, source, size, bytes, policy);
+}
 inline void cp_async_ca_shared_global(uint32_t target, const void* source, int size, int bytes) {
   if (size != 4 && size != 8 && size != 16) fail("cp.async.ca of %d bytes: only 4, 8 and 16 exist", size);
   cp_async(target, source, size, bytes);
