@@ -32,6 +32,7 @@ constexpr int kDecodeWarps = 4;
 template <KVType kKV, int kDim>
 struct DecodeLayout {
   static_assert(kDim % 32 == 0 && kDim <= 256);
+  static constexpr int kWarps = kDecodeWarps;
   static constexpr int kElement = kKV == KVType::kSame ? 2 : 1;
   static constexpr int kKeys = 16;                         // a slot's keys
   static constexpr int kChunks = kDim * kElement / 16;     // 16-byte chunks of a row
