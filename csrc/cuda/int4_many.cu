@@ -28,9 +28,11 @@
 // residual done for a pair of outputs at a time, which is 300 KB of code to fetch for each tile: 305. The latter step
 // by step over all sums: 232. A thread for each kind of copies, and y by way of shared memory: 174; without numbers
 // made 161, without products 172, so that waiting for copies is much of it. Five stages for four, fewer copies, words
-// loaded before the products in front of theirs: 173 here, 8 % less at 4096 and 8192 rows. Words ahead into L2: 198. A
-// warp that issues a product of registers waits for those before it. With 128 rows numbers take so long that two
-// warpgroups do not hide them: 28 us a tile for 22 without.
+// loaded before the products in front of theirs: 173. Words ahead into L2: 20 more. Tiles of the last round cut along
+// K: 161.
+//
+// A warp that issues a product of registers seems to wait for those before it: with 128 rows numbers take so long that
+// two warpgroups do not hide them, 28 us a tile for 22 without.
 #include <cuda.h>
 
 #include <algorithm>
@@ -128,9 +130,8 @@ __device__ __forceinline__ int lane_output(int warp, int lane) { return warp * 1
 
 #ifdef PAGEDKV_WGMMA
 
-// Three warps: a lane copies x, a lane words, and all lanes of the third scales and zeros. The fewer and larger the
-// copies of the copy engine, the better: with words in four, and scales and zeros in two, everything was slower by a
-// tenth.
+// Three warps: a lane copies x, a lane words, and all lanes of the third scales and zeros. Copies of the copy engine
+// are few and large: four more of 1 KB in a stage, to L2 alone, cost a tenth.
 constexpr int kArrivals = 1 + 1 + 32;
 
 template <class S>
