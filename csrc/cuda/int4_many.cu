@@ -48,7 +48,6 @@ namespace {
 
 constexpr int kOutputs = 128, kBlocks = kOutputs / kInt4Block;    // of a tile
 constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);  // warpgroups
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // setmaxnreg
 
 // Shared memory of a stage: x, boxes [kRows, 64] as wgmma.cuh has it; words [blocks][4 kSlices][32]; of each slice that
 // begins a group, and the first one, scales and zeros [outputs].
@@ -94,16 +93,6 @@ __device__ __forceinline__ Place find_place(const Work& w, int tile) {
   return {first + in_group - output * rows, output};
 }
 
-struct Item {
-  int tile, begin, end;  // stages
-  int slot;              // of `partial`, for each CTA of the cluster; -1: this is the whole tile
-};
-__device__ __forceinline__ Item find_item(const Work& w, int item) {
-  if (item < w.whole) return {item, 0, w.stages, -1};
-  const int slot = item - w.whole, cut = slot / w.parts, begin = (slot - cut * w.parts) * w.of_part;
-  return {w.whole + cut, begin, min(begin + w.of_part, w.stages), slot};
-}
-
 // kCount neighbouring outputs of a row
 template <class T, int kCount>
 __device__ __forceinline__ void store_outputs(const Int4Params& p, int64_t row, int64_t n, float (&sum)[kCount]) {
@@ -129,6 +118,18 @@ __device__ __forceinline__ void store_outputs(const Int4Params& p, int64_t row, 
 __device__ __forceinline__ int lane_output(int warp, int lane) { return warp * 16 + lane / 4 * 2; }
 
 #ifdef PAGEDKV_WGMMA
+
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // setmaxnreg
+
+struct Item {
+  int tile, begin, end;  // stages
+  int slot;              // of `partial`, for each CTA of the cluster; -1: this is the whole tile
+};
+__device__ __forceinline__ Item find_item(const Work& w, int item) {
+  if (item < w.whole) return {item, 0, w.stages, -1};
+  const int slot = item - w.whole, cut = slot / w.parts, begin = (slot - cut * w.parts) * w.of_part;
+  return {w.whole + cut, begin, min(begin + w.of_part, w.stages), slot};
+}
 
 // Three warps: a lane copies x, a lane words, and all lanes of the third scales and zeros. Copies of the copy engine
 // are few and large: four more of 1 KB in a stage, to L2 alone, cost a tenth.

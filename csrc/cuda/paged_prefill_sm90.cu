@@ -4,6 +4,7 @@
 
 #include "attention_plan.cuh"
 #include "paged_prefill_sm90.cuh"
+#include "tensor_map.h"
 
 namespace pagedkv::prefill {
 namespace {
@@ -37,36 +38,6 @@ bool has_wgmma() {
   return has[index];
 }
 
-// cuTensorMapEncodeTiled, which lives in the driver; null where that is too old.
-auto find_encode() {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status{};
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &status);
-  return error == cudaSuccess && status == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
-}
-
-struct Axis {
-  int64_t size, bytes;  // from one to the next
-  int box;
-};
-
-// Describes a tensor of 16-bit elements whose rows are `columns` long, in boxes of 64 columns; false where the copy
-// engine cannot take it.
-bool describe(CUtensorMap& map, const void* data, int columns, const Axis (&axes)[3]) {
-  static const auto encode = find_encode();
-  cuuint64_t sizes[4] = {cuuint64_t(columns)}, strides[3];
-  cuuint32_t box[4] = {64}, steps[4] = {1, 1, 1, 1};
-  for (int i = 0; i < 3; ++i) {
-    sizes[i + 1] = cuuint64_t(axes[i].size), box[i + 1] = cuuint32_t(axes[i].box);
-    strides[i] = axes[i].size > 1 ? cuuint64_t(axes[i].bytes) : 16;
-  }
-  return encode && encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(data), sizes, strides, box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 bool describe(sm90::Call& call) {
   const Params& p = call.p;
   const AttentionParams& a = p.a;
@@ -74,16 +45,16 @@ bool describe(sm90::Call& call) {
   call.box_shift = paged ? std::min(a.block_shift, 4) : 4;
   while (p.group << (call.q_box_shift + 1) <= 16) ++call.q_box_shift;
   auto cache = [&](CUtensorMap& map, const void* data, int64_t page, int64_t token, int64_t head, int box) {
-    return describe(map, data, a.head_dim,
-                    {{paged ? a.block_size : a.num_blocks, token, box},
-                     {a.num_kv_heads, head, 1},
-                     {paged ? a.num_blocks : 1, page, 1}});
+    return describe_tensor(map, data, a.head_dim,
+                           {{paged ? a.block_size : a.num_blocks, token, box},
+                            {a.num_kv_heads, head, 1},
+                            {paged ? a.num_blocks : 1, page, 1}});
   };
   auto queries = [&](CUtensorMap& map, int heads, int tokens) {
-    return describe(map, a.q, a.head_dim,
-                    {{p.group, 2 * a.q_stride_h, heads},
-                     {a.num_kv_heads, 2 * a.q_stride_h * p.group, 1},
-                     {a.num_tokens, 2 * a.q_stride_t, tokens}});
+    return describe_tensor(map, a.q, a.head_dim,
+                           {{p.group, 2 * a.q_stride_h, heads},
+                            {a.num_kv_heads, 2 * a.q_stride_h * p.group, 1},
+                            {a.num_tokens, 2 * a.q_stride_t, tokens}});
   };
   return cache(call.k, a.k, p.k_block, p.k_token, p.k_head, 1 << call.box_shift) &&
          cache(call.v, a.v, p.v_block, p.v_token, p.v_head, 1 << call.box_shift) &&
