@@ -1,7 +1,7 @@
 // units: PAGEDKV_HEAD_DIM=32,64,96,128,192,256
 // Launchers of paged_decode.cuh for one bucket of head_dim: two query types times three cache types.
 #include <array>
-#include <atomic>
+#include <mutex>
 
 #include "paged_decode.cuh"
 
@@ -9,31 +9,36 @@ namespace pagedkv {
 namespace {
 
 struct Launch {
-  int warps = 0, ctas = 0;  // ctas: as many as the device runs at once
+  int warps;
+  Teams teams;
 };
 
 // As many warps as shared memory allows; asked of the driver once a device.
 template <class T, KVType kKV, int kDim>
-Launch decode_launch() {
-  static std::array<std::atomic<int64_t>, 64> known;  // warps << 32 | ctas; racing threads store the same
+const Launch& decode_launch() {
+  static std::array<Launch, 64> known;
+  static std::array<std::once_flag, 64> once;
   using L = DecodeLayout<kKV, kDim>;
   const Device& device = current_device();
-  if (const int64_t found = known[device.index]) return {int(found >> 32), int(found & 0xffffffff)};
-  Launch launch{kDecodeWarps, 0};
-  while (launch.warps > 1 && L::bytes(launch.warps) > device.smem_per_block) --launch.warps;
-  const auto kernel = paged_decode_kernel<T, kKV, kDim>;
-  const int bytes = L::bytes(launch.warps);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&launch.ctas, kernel, 32 * launch.warps, bytes));
-  launch.ctas = std::max(1, launch.ctas) * device.sms;
-  known[device.index] = int64_t(launch.warps) << 32 | launch.ctas;
-  return launch;
+  std::call_once(once[device.index], [&] {
+    Launch launch{kDecodeWarps, {}};
+    while (launch.warps > 1 && L::bytes(launch.warps) > device.smem_per_block) --launch.warps;
+    const auto kernel = paged_decode_kernel<T, kKV, kDim>;
+    const int bytes = L::bytes(launch.warps);
+    int ctas = 0;  // of a multiprocessor
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, 32 * launch.warps, bytes));
+    launch.teams[0] = std::max(1, ctas) * device.sms;
+    known[device.index] = launch;
+    count_teams(kernel, 32 * launch.warps, bytes, known[device.index].teams);
+  });
+  return known[device.index];
 }
 
 template <class T, KVType kKV, int kDim>
 void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
   constexpr int kElement = DecodeLayout<kKV, kDim>::kElement;
-  const Launch config = decode_launch<T, kKV, kDim>();
+  const Launch& config = decode_launch<T, kKV, kDim>();
   auto aligned = [](const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
   auto wide = [&](const void* rows, int64_t block, int64_t token, int64_t head) {
     return aligned(rows, 16) && (block | token | head) * kElement % 16 == 0;
@@ -43,7 +48,8 @@ void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaSt
   access.wide = p.head_dim * kElement % 16 == 0 && wide(p.k, p.k_stride_block, p.k_stride_t, p.k_stride_h) &&
                 wide(p.v, p.v_stride_block, p.v_stride_t, p.v_stride_h);
   Plan plan;
-  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.ctas, like, plan);
+  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.teams, like, plan);
+  access.by_step = Divisor(16 * config.warps << plan.team_shift);
   launch_planned(paged_decode_kernel<T, kKV, kDim>, plan, 32 * config.warps,
                  DecodeLayout<kKV, kDim>::bytes(config.warps), stream, p, plan, access);
 }

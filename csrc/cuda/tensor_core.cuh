@@ -35,9 +35,13 @@ __device__ __forceinline__ void cp_async(uint32_t target, const void* source, bo
                  : "memory");
   }
 }
-// 16 bytes of what is read once, in rows of 128 bytes or more: L2 fetches 128 at a time.
+// 16 bytes of what is read once, in rows of 128 bytes or more: L2 fetches 128 at a time, and drops them before others.
 __device__ __forceinline__ void cp_async_stream(uint32_t target, const void* source) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+  uint64_t policy;  // the compiler makes it once
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "l"(policy)
+               : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
