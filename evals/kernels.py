@@ -131,6 +131,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         *[{"batch": b, "context": n, "page": 64} for b, n in ((1, 8192), (32, 2048), (32, 8192))],
         *[{"batch": 32, "context": n, "kv": kv} for kv in KV_DTYPES for n in (2048, 4096, 8192)],
         {"batch": 64, "context": 2048, "lognormal": True, "kv": "int8"},
+        *[{"batch": b, "context": n, "batch_invariant": True} for b, n in (
+            (1, 1024), (1, 8192), (1, 32768), (32, 2048), (32, 8192), (128, 1024)
+        )],
+        {"batch": 64, "context": 2048, "lognormal": True, "batch_invariant": True},
     ]),
     ("paged_attention", L2, paged, GPU, [
         *[{"batch": 32, "context": n} for n in (128, 512, 2048)], {"batch": 32, "context": 2048, "kv": "int8"},
@@ -165,7 +169,8 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         {"batch": 1, "context": 8192, "query": 8192, "window": 4096, "softcap": 50.0},
     ]),
     ("paged_attention", L3, paged, CPU, [
-        {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
+        {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024, "batch_invariant": True},
+        {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
     ]),
     *[("paged_attention", m, paged, CPU, [{"batch": 1, "context": 1024}]) for m in (L2, QWEN, QWEN3, GEMMA)],
     ("paged_attention", MISTRAL, paged, CPU, [{"batch": 1, "context": 1024, "window": 512}]),

@@ -1,12 +1,12 @@
 // Paged attention for few query rows a KV head (decode, speculative decoding, or any number with V2), 16-bit queries.
 //
-// A CTA works through its runs of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows (the GQA
-// group's heads times the query tokens, packed so that a key is read once for all of them), a stretch of keys. Each
-// warp takes every kWarps-th block of 16 keys with a pipeline of its own: kStages slots of K and V in shared memory
-// filled by cp.async, so no barrier is needed between warps until the run ends, when they merge their online softmax
-// states. Per 16 keys: S = Q K^T (2 n-tiles of mma.m16n8k16, K by ldmatrix), logits, online softmax in float32, P
-// rounded once to the query's type, O += P V (V by ldmatrix.trans; the accumulator layout of S is the operand layout of
-// P). O is rescaled only when a maximum moved.
+// A team of CTAs works through its runs of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows
+// (the GQA group's heads times the query tokens, packed so that a key is read once for all of them), a stretch of keys.
+// Its warps take the blocks of 16 keys in turn, each with a pipeline of its own: kStages slots of K and V in shared
+// memory filled by cp.async, so no barrier is needed between warps until the run ends, when they merge their online
+// softmax states. Warps on their own (solo) have runs of their own, and meet nobody. Per 16 keys: S = Q K^T (2 n-tiles
+// of mma.m16n8k16, K by ldmatrix), logits, online softmax in float32, P rounded once to the query's type, O += P V (V
+// by ldmatrix.trans; the accumulator layout of S is the operand layout of P). O is rescaled only when a maximum moved.
 //
 // 8-bit caches stay 8-bit in shared memory. ldmatrix moves pairs of bytes: for K a lane gets dimensions 4t .. 4t + 3 of
 // a key where the operand wants 2t, 2t + 1, 2t + 8, 2t + 9, so Q is stored with its dimensions permuted to match; for V
@@ -47,9 +47,10 @@ struct DecodeLayout {
   static constexpr int kMergeStride = part_row<kDim>;
   static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
   static constexpr int kQueryBytes = kRowTile * kDim * 2;
+  static_assert(kDim > 128 || kQueryBytes <= kSlotBytes);  // where warps on their own keep it first
 
   static constexpr int bytes(int warps) {
-    return warps * kWarpBytes + kQueryBytes + kRowTile * 4 + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch));
+    return warps * kWarpBytes + kQueryBytes + 4 * kRowTile * 4 + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch));
   }
 };
 
@@ -57,6 +58,7 @@ struct DecodeLayout {
 struct DecodeAccess {
   bool query_pairs;  // query rows may be read 4 bytes at a time
   bool wide;         // cache rows may be read 16 bytes at a time (8-bit rows may be aligned to 8 only)
+  Divisor by_step;   // keys from one of a warp's blocks to the next, where a CTA's warps share runs
 };
 
 // Copies of 16 rows of K or V into a slot, kBytes a run; zeros for rows that are not valid and behind a row's end.
@@ -116,16 +118,16 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
   constexpr int kSteps = kDim / 16;   // k-steps of Q K^T
   constexpr int kColumns = kDim / 8;  // n-tiles of P V
 
+  begin_planned(p, plan);
   extern __shared__ __align__(128) uint8_t shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   uint8_t* const my_slots = shared + warp * L::kWarpBytes;
-  uint8_t* const query_tile = shared + warps * L::kWarpBytes;
-  float* const query_scales = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
-  Part* const parts = reinterpret_cast<Part*>(query_scales + kRowTile);
+  float* query_scales = reinterpret_cast<float*>(shared + warps * L::kWarpBytes + L::kQueryBytes);
+  Part* const parts = reinterpret_cast<Part*>(query_scales + 4 * kRowTile);
   PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(parts + 4);
 
-  const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
+  const uint32_t slots = smem_address(my_slots);
   const Logit logit(p);
   const int row_bytes = p.head_dim * L::kElement;
   const int64_t k_row = p.k_stride_t * L::kElement, v_row = p.v_stride_t * L::kElement;
@@ -133,15 +135,22 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
   const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
   const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
 
-  Stretch stretch = plan_stretch(p, plan, scratch);
+  // Warps on their own have their queries in the slot that is filled last, until they are in registers.
+  Stretch stretch = plan_stretch<kQueryInRegisters>(p, plan, scratch);
+  const bool solo = kQueryInRegisters && stretch.solo;
+  const int crew = solo ? 1 : warps, mate = solo ? 0 : warp;  // warps that share a run, and which one this is
+  uint8_t* const query_tile = solo ? my_slots + (L::kStages - 1) * L::kSlotBytes : shared + warps * L::kWarpBytes;
+  const uint32_t query_at = smem_address(query_tile);
+  if (solo) query_scales += warp * kRowTile;
   int pending = 0;
 #pragma unroll 1
   while (stretch.left > 0) {
     const Run run = next_run(p, plan, stretch);
     // ---- this warp's blocks of 16 keys
-    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
-    const int step = warps * L::kKeys;
-    const int blocks = begin < run.key_end ? (run.key_end - begin + step - 1) / step : 0;
+    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + (my_rank(plan) * crew + mate) * L::kKeys;
+    const int step = (crew << plan.team_shift) * L::kKeys;
+    const int behind = run.key_end - begin + step - 1;  // 0 blocks where it is too small
+    const int blocks = begin < run.key_end ? (solo ? behind / L::kKeys : access.by_step(behind)) : 0;
     const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + run.kv_head * p.k_stride_h * L::kElement;
     const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + run.kv_head * p.v_stride_h * L::kElement;
     uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
@@ -151,7 +160,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     const int* const table = p.block_tables + int64_t(run.seq) * p.table_stride;
     auto load_pages = [&](int first) {
       const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
-      return key < run.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
+      return key < run.key_end ? table[key >> p.block_shift] : -1;
     };
     int page_ids = load_pages(0), next_ids = load_pages(16);
     auto pages = [&](int block) {
@@ -193,7 +202,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       }
     };
 
-    // ---- Q's rows, every warps-th one to this warp: four loads of each lane fly while the pipeline is filled
+    // ---- Q's rows, every crew-th one to this warp: four loads of each lane fly while the pipeline is filled
     constexpr int kWords = (kDim / 2 + 31) / 32;
     uint32_t words[4][kWords];
     auto read_query = [&](int r, uint32_t (&out)[kWords]) {
@@ -205,8 +214,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
         const int pair = lane + 32 * i;
         out[i] = 0;
         if (row < 0 || 2 * pair >= p.head_dim) continue;
-        out[i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
-                                    : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
+        out[i] = access.query_pairs ? *reinterpret_cast<const uint32_t*>(q + 2 * pair)
+                                    : uint32_t(q[2 * pair]) | uint32_t(q[2 * pair + 1]) << 16;
       }
     };
     auto store_query = [&](int r, uint32_t (&in)[kWords]) {
@@ -232,20 +241,20 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       }
     };
 #pragma unroll
-    for (int u = 0; u < 4; ++u) read_query(warp + u * warps, words[u]);
+    for (int u = 0; u < 4; ++u) read_query(mate + u * crew, words[u]);
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) {
       if (i < blocks) fill_slot(i, begin + i * step, pages(i));
       cp_async_commit();
     }
 #pragma unroll
-    for (int u = 0; u < 4; ++u) store_query(warp + u * warps, words[u]);
+    for (int u = 0; u < 4; ++u) store_query(mate + u * crew, words[u]);
 #pragma unroll 1
-    for (int r = warp + 4 * warps; r < kRowTile; r += warps) {  // fewer than four warps
+    for (int r = mate + 4 * crew; r < kRowTile; r += crew) {  // fewer than four warps
       read_query(r, words[0]);
       store_query(r, words[0]);
     }
-    __syncthreads();
+    meet_crew(solo);
 
     auto load_query = [&](uint32_t (&a)[4], int s) {
       ldmatrix_x4(a, query_at + swizzle<kDim / 8>(v_lane_row, 2 * s + v_lane_chunk) * 16);
@@ -266,7 +275,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       position[h] = run.position(plan, r);
       seen[h] = r < run.rows ? visible_keys(p, position[h], run.keys) : KeyRange{0, 0};
       row_mul[h] = kScaledQuery ? query_scales[r] : 1.f;
-      slope[h] = p.alibi_slopes && r < run.rows ? __ldg(p.alibi_slopes + run.head(plan, r)) * kLog2e : 0.f;
+      slope[h] = p.alibi_slopes && r < run.rows ? p.alibi_slopes[run.head(plan, r)] * kLog2e : 0.f;
     }
 
     // Keys that all of the run's rows see. Rows that pad the tile then see them, too: their results go nowhere.
@@ -459,15 +468,18 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       }
     }
     if (lane == 0) parts[warp].rows = reinterpret_cast<const float*>(my_slots);
-    __syncthreads();
-    combine<T, kDim, kDecodeWarps>(p, plan, run, parts, warps);
+    meet_crew(solo);
+    combine<T, kDim, kDecodeWarps>(p, plan, run, solo ? parts + warp : parts, crew, solo);
     if (!run.whole() && plan.splits == 0) {
       if (threadIdx.x == 0) scratch.pending[pending] = run;
       ++pending;
     }
-    __syncthreads();
+    if (solo)
+      __syncwarp();
+    else
+      meet(plan);
   }
-  settle<T, kDim>(p, plan, scratch, sizeof(T), pending);
+  settle<T, kDim>(p, plan, scratch, sizeof(T), pending, stretch.filled);
 }
 
 // paged_decode.cu instantiates one kDim a compile unit.
