@@ -249,10 +249,16 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     }
 #pragma unroll
     for (int u = 0; u < 4; ++u) store_query(mate + u * crew, words[u]);
+    if (crew < 4) {
 #pragma unroll 1
-    for (int r = mate + 4 * crew; r < kRowTile; r += crew) {  // fewer than four warps
-      read_query(r, words[0]);
-      store_query(r, words[0]);
+      for (int r = mate + 4 * crew; r < run.rows; r += crew) {
+        read_query(r, words[0]);
+        store_query(r, words[0]);
+      }
+      const int padding = max(4 * crew, run.rows);  // rows of zeros from there on
+      for (int i = padding * (kDim / 8) + mate * 32 + lane; i < kRowTile * (kDim / 8); i += crew * 32)
+        reinterpret_cast<uint4*>(query_tile)[i] = make_uint4(0, 0, 0, 0);
+      if (kScaledQuery && lane >= padding && lane < kRowTile) query_scales[lane] = 1.f;
     }
     meet_crew(solo);
 
