@@ -76,8 +76,7 @@ template <class T, int kDim>
 void launch_decode_dim(const AttentionParams& p, KVType kv, int num_splits, const Tensor& like, cudaStream_t stream) {
   switch (kv) {
     case KVType::kSame:
-      return launch<paged_decode_kernel<T, KVType::kSame, kDim>, DecodeLayout<KVType::kSame, kDim>, kDim>(
-          p, 2, num_splits, like, stream);
+      return launch<paged_decode_kernel<T, kDim>, DecodeLayout<kDim>, kDim>(p, 2, num_splits, like, stream);
     case KVType::kInt8:
       return launch_quantized<T, KVType::kInt8, kDim>(p, num_splits, like, stream);
     case KVType::kFp8:
