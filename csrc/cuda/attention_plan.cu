@@ -174,7 +174,6 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams&
   }
   plan.least_teams = plan.team_shift > 0 ? int(items) : current_device().sms;
   plan.full_shift = kFullShift + plan.team_shift;
-  plan.restart = kRestart << plan.team_shift;
   plan.teams = int(std::clamp<int64_t>(items * blocks(), 1, std::min(most[plan.team_shift], kMostTeams)));
   const int64_t split_items = int64_t(p.num_seqs) * plan.sequence_items;
   const int64_t slots = plan.splits > 1 ? split_items * plan.max_parts : 2 * int64_t(plan.teams);

@@ -11,7 +11,8 @@
 // share of the rows. The host makes teams for a sequence alone, larger ones the shorter it can be.
 //   - planned (num_splits 0): items of at most kWholeBlocks are moved to one side of a cut whole. Where all items are
 //     equally long, some teams stay idle if every item is a whole number of stretches then, and these are not much
-//     longer: no team starts a second one. At most two runs of a team's stretch are parts, so the workspace has two
+//     longer: no team starts a second one. Where they are not, each has kHead units more on the line, which stand for
+//     the time that starting with it takes. At most two runs of a team's stretch are parts, so the workspace has two
 //     slots a team. Many equal items of one row tile, if they are nearly even among the warps, are shared out whole, to
 //     each warp its own: no warp waits for another (solo).
 //   - one pass (num_splits 1): every item is moved to one side of a cut whole.
@@ -29,15 +30,19 @@
 // Split-KV with a combine is Flash-Decoding (Dao et al., 2023); an even cut of one line of work is stream-K (Osama et
 // al., 2023, arXiv:2301.03598), which FlashInfer (Ye et al., 2025, arXiv:2501.01005) uses for ragged attention.
 //
-// On an H200 (us; Llama-3-8B's 32 and 8 heads but for the last two), before, with CTAs on their own, in teams of 4 and
-// 16: 1 x 1024 10.2, 9.4, 10.4, 8.3; 1 x 8192 18.9, 17.6, 18.0, 18.0; 1 x 32768 50.7, 43.6, 43.8, 44.4; 1 x 131072 139,
-// 134, 139, 149; 28 and 4 heads, 1 x 8192: 27, 17.8, 14.7, 15.8. Teams of a ragged batch were up to twice as slow. A
-// CTA of a team adds 0.05 us to a meeting (empty kernels: 0.7, 0.8 and 1.4 us for two meetings of 4, 8 and 16). Alone
-// warps take 22.1 us for 32 x 32 heads x 128 keys instead of 27.1, 130 for 136 at 128 x 8 heads x 1024. Misaligned
-// stretches of equal items had cost 32768 keys 6 us. Keys and values evicted first from L2 leave it to instructions,
-// tables and partial results: 0.4 to 3 us a call. Tried: a stretch for each warp, with one pipeline from item to item.
-// It served short items (32 x 32 heads x 128 keys: 26 us for 32), but cost instructions in the loop, which 8-bit caches
-// have none to spare of (32 x 8192: 176 us for 150).
+// On an H200 (us; Llama-3-8B's 32 and 8 heads where nothing else is said), before, and with CTAs on their own, in teams
+// of 4 and of 16: 1 x 1024 10.2, 9.4, 10.4, 8.3; 1 x 8192 18.9, 17.6, 18.0, 18.0; 1 x 32768 50.7, 43.6, 43.8, 44.4;
+// 1 x 131072 139, 134, 139, 149; 28 and 4 heads, 1 x 8192: 27, 17.8, 14.7, 15.8. Empty kernels in which teams of 4, 8
+// and 16 meet twice take 0.7, 0.8 and 1.4 us longer. Warps on their own: 21.5 us for 32 x 32 heads x 128 keys instead
+// of 27.1, 129 for 136 at 128 x 1024. Stretches that did not end with their equal items had cost 6 us at 1 x 32768.
+// With 0, 4, 8 and 16 units for its start, 64 sequences of 279 to 5960 keys (mean 2047) take 144, 140, 134 and 133 us,
+// 8 of 50 to 4000 keys 33.9, 23.8, 21.9 and 20.8. Keys and values that are evicted first leave L2 to instructions,
+// tables and partial results: 0.4 to 3 us a call.
+//
+// Tried: the first keys of the next run to L2 while one begins (134 -> 137 us, batch-invariant 265 -> 284 at 32 x
+// 8192); teams for few sequences (24 items of 512 keys: 9.0 -> 7.4 us if equally long, 12.5 -> 15.3 if not); a stretch
+// for each warp, with one pipeline from item to item. It served short items (32 x 32 heads x 128 keys: 26 us for 32),
+// but cost instructions in the loop, which 8-bit caches have none to spare of (32 x 8192: 176 us for 150).
 #pragma once
 
 #include "attention_math.cuh"
@@ -51,6 +56,7 @@ constexpr int kFewBlocks = 128;  // a sequence alone, which can be so long: team
 constexpr int kManyBlocks = 4096;
 constexpr int kWholeBlocks = 16;  // items of at most this many blocks are never split by the planned mode
 constexpr int kRestart = 32;      // blocks that a CTA would do while it starts another run
+constexpr int kHead = 16;         // blocks' worth of starting with an item, where they differ in length
 constexpr int kSoloSlack = 17;    // sixteenths: the longest of even shares of whole items, to their mean
 constexpr int kInvariant = -1;    // in place of a number of splits
 
@@ -85,7 +91,6 @@ struct Plan {
   int team_shift;   // log2 of a team's CTAs, which are a cluster
   int least_teams;  // planned mode: as many that the device is full; more of them only for 1 << full_shift blocks each
   int full_shift;
-  int restart;     // blocks that a team would do while it starts another run
   int splits;      // 0: planned
   bool invariant;  // fixed mode, partitions by the length of a sequence alone
   bool solo;       // planned mode: warps may have stretches of their own
@@ -121,7 +126,9 @@ void count_teams(void (*kernel)(P...), int threads, size_t shared, Teams& teams)
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(1u << i), config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = shared;
     config.attrs = &cluster, config.numAttrs = 1;
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveClusters(&teams[i], kernel, &config));
+    if (cudaOccupancyMaxActiveClusters(&teams[i], kernel, &config) == cudaSuccess) continue;
+    cudaGetLastError();  // larger than this device has them
+    teams[i] = 0;
   }
 }
 
@@ -232,6 +239,7 @@ struct Place {
 struct Stretch {
   Place at;
   int left;
+  int head;     // units of the line in front of each item's blocks: what it costs to start with it
   bool solo;    // each warp has a stretch of its own, of whole items
   bool filled;  // no row of `out` is left to fill
 };
@@ -277,7 +285,8 @@ struct PlanScratch {
   int length;
   int begin;  // of the first item that continues into this CTA, and of the last one, on the line
   int last_begin;
-  int used, even, rest;             // stretches, the blocks of each, those left over
+  int used, even, rest;             // stretches, the units of each, those left over
+  int head;                         // Stretch::head
   int done[2], first[2], parts[2];  // of the CTA's pending parts: whether it completes the item, the item's CTAs
   Run pending[2];
 };
@@ -306,6 +315,9 @@ __device__ __forceinline__ void begin_planned(const AttentionParams& p, const Pl
   wait_for_previous();
 }
 
+// Planned mode: a cut that would leave fewer blocks of an item on one side is moved to its end.
+__device__ __forceinline__ int least_part(int head) { return (head + 1) / 2; }
+
 // This team's stretch, or this warp's where kSolo allows it: all threads call, 128 at most.
 template <bool kSolo>
 __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const Plan& plan, PlanScratch& shared) {
@@ -326,36 +338,39 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
     const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
     if (all_see && start >= 0 && start <= p.num_tokens - w.tokens) mine.rows += w.tokens;
   }
-  int upto = mine.units;  // inclusive prefix sum
+  int upto = mine.units, items_upto = mine.items;  // inclusive prefix sums
   Totals total = mine;
   if (p.num_seqs > 1) {
 #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const int t = __shfl_up_sync(0xffffffffu, upto, d);
-      if (lane >= d) upto += t;
+      const int t = __shfl_up_sync(0xffffffffu, upto, d), i = __shfl_up_sync(0xffffffffu, items_upto, d);
+      if (lane >= d) upto += t, items_upto += i;
     }
-    const int items = __reduce_add_sync(0xffffffffu, mine.items), rows = __reduce_add_sync(0xffffffffu, mine.rows);
+    const int rows = __reduce_add_sync(0xffffffffu, mine.rows);
     const int longest = __reduce_max_sync(0xffffffffu, mine.longest);
-    if (lane == 31) shared.warps[warp] = {upto, items, rows, longest};
+    if (lane == 31) shared.warps[warp] = {upto, items_upto, rows, longest};
     __syncthreads();
     total = {0, 0, 0, 0};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       if (w * 32 >= threads) continue;
       const Totals t = shared.warps[w];
-      if (w < warp) upto += t.units;
+      if (w < warp) upto += t.units, items_upto += t.items;
       total.units += t.units, total.items += t.items, total.rows += t.rows,
           total.longest = max(total.longest, t.longest);
     }
   }
-  const int all = total.units;
+  int all = total.units, head = 0;
   const bool filled = total.rows == p.num_tokens;
   int used = max(1, min(plan.teams, all));
-  if (plan.splits == 0) {
+  if (plan.splits == 0 && all > 0) {
     used = min(used, max(plan.least_teams, all >> plan.full_shift));
-    if (all > 0 && total.longest * total.items == all) {
+    if (total.longest * total.items == all) {
       const int even = used - used % total.items;
-      if (even > 0 && all / even - all / used <= plan.restart) used = even;
+      if (even > 0 && all / even - all / used <= kRestart << plan.team_shift) used = even;
+    } else if (total.items < 1 << 26) {  // 32 bits hold what they cost, too
+      head = min(kHead, all / used / 2);
+      all += head * total.items, upto += head * items_upto, mine.units += head * mine.items;
     }
   }
   if constexpr (kSolo) {
@@ -367,14 +382,14 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
       const int each = total.items / crews, over = total.items - each * crews;
       const int begin = even_cut(each, over, crews, index), end = even_cut(each, over, crews, index + 1);
       const int seq = begin / p.num_kv_heads;
-      return {{seq, begin - seq * p.num_kv_heads, 0}, (end - begin) * total.longest, true, filled};
+      return {{seq, begin - seq * p.num_kv_heads, 0}, (end - begin) * total.longest, 0, true, filled};
     }
   }
   const int even = all / used, rest = all - even * used, team = my_team(plan);
   const int cuts[2] = {team < used ? even_cut(even, rest, used, team) : all,
                        team + 1 < used ? even_cut(even, rest, used, team + 1) : all};
   if (threadIdx.x == 0) {
-    shared.used = used, shared.even = even, shared.rest = rest;
+    shared.used = used, shared.even = even, shared.rest = rest, shared.head = head;
   }
   if (p.num_seqs > 1) {
 #pragma unroll
@@ -396,32 +411,38 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
     for (at.seq = found.seq;; ++at.seq) {
       w = seq_work(p, plan, at.seq);
       seq_items = w.row_tiles * p.num_kv_heads;
-      const int units = w.blocks > 0 ? seq_items * w.blocks : 0;
+      const int units = w.blocks > 0 ? seq_items * (w.blocks + head) : 0;
       if (unit < begin + units) break;
       begin += units;
     }
-    at.item = (unit - begin) / w.blocks;
-    at.block = unit - begin - at.item * w.blocks;
-    int moved = at.block;
+    const int size = w.blocks + head, trifle = least_part(head);
+    at.item = (unit - begin) / size;
+    const int within = unit - begin - at.item * size;
+    int moved = within;
     if (plan.splits > 1) {
       moved -= moved % partition_blocks(plan, w.blocks, w.tokens);
     } else if (plan.splits == 1 || w.blocks <= kWholeBlocks) {
-      moved = 2 * at.block < w.blocks ? 0 : w.blocks;
+      moved = 2 * within < size ? 0 : size;
+    } else if (within < head + trifle) {
+      moved = 0;
+    } else if (within > size - trifle) {
+      moved = size;
     }
-    unit += moved - at.block;
-    at.block = moved;
-    if (moved == w.blocks) {  // the next item, perhaps of another sequence
-      at.block = 0;
+    unit += moved - within;
+    if (moved == size) {  // the next item, perhaps of another sequence
       if (++at.item == seq_items) ++at.seq, at.item = 0;
+    } else if (moved > 0) {
+      at.block = moved - head;
     }
   }
-  const int item_begin = unit - at.block;
+  const int item_begin = at.block > 0 ? unit - at.block - head : unit;
   const int begin = __shfl_sync(0xffffffffu, unit, 0), length = __shfl_sync(0xffffffffu, unit, 1) - begin;
   if (threadIdx.x == 0) shared.at = at, shared.length = length, shared.begin = item_begin;
   if (threadIdx.x == 1) shared.last_begin = item_begin;
   Stretch s{{__shfl_sync(0xffffffffu, at.seq, 0), __shfl_sync(0xffffffffu, at.item, 0),
              __shfl_sync(0xffffffffu, at.block, 0)},
             length,
+            head,
             false,
             filled};
   return s;
@@ -447,12 +468,13 @@ __device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& pl
   if (parts && plan.splits > 1) {
     edge = min(edge, r.begin + partition_blocks(plan, w.blocks, w.tokens));
   }
-  r.end = min(edge, r.begin + s.left);
+  const int head = r.begin == 0 ? s.head : 0;
+  r.end = min(edge, r.begin + s.left - head);
   const int base = r.seen.lo & ~(kBlockKeys - 1);
   r.key_begin = base + (r.begin << plan.key_shift);
   // the last block of a long item may reach beyond 31 bits
   r.key_end = int(min(base + (int64_t(r.end) << plan.key_shift), int64_t(max(0, r.seen.hi))));
-  s.left -= r.end - r.begin;
+  s.left -= r.end - r.begin + head;
   s.at.block = r.end;
   if (r.end == w.blocks) s.at.block = 0, ++s.at.item;
   return r;
@@ -713,7 +735,7 @@ __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& pla
                                        int pending, bool filled) {
   if (plan.splits > 1) {
     __syncthreads();
-    Stretch s{shared.at, shared.length, false, filled};
+    Stretch s{shared.at, shared.length, 0, false, filled};
     int unit = shared.begin;  // where the item begins on the line
 #pragma unroll 1
     while (s.left > 0) {
@@ -736,8 +758,11 @@ __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& pla
     if (int(threadIdx.x) < pending) {
       const int mine = threadIdx.x;
       const Run& run = shared.pending[mine];
-      const int begin = run.begin > 0 ? shared.begin : shared.last_begin, first = team_of(shared, begin);
-      shared.first[mine] = first, shared.parts[mine] = team_of(shared, begin + run.blocks - 1) - first + 1;
+      // from the last cut that is moved to the item's begin to the last one that is not moved to its end
+      const int begin = (run.begin > 0 ? shared.begin : shared.last_begin) + shared.head;
+      const int trifle = least_part(shared.head);
+      const int first = team_of(shared, begin + max(0, trifle - 1));
+      shared.first[mine] = first, shared.parts[mine] = team_of(shared, begin + run.blocks - max(1, trifle)) - first + 1;
       if (my_rank(plan) == 0) {
         const bool done = arrive(plan, first, run.end - run.begin, run.blocks);
         for (int rank = 0; rank < 1 << plan.team_shift; ++rank) *of_rank(shared.done + mine, rank) = done;
