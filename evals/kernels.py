@@ -46,6 +46,7 @@ from .problems import (
     Tensors,
     cascade,
     copy,
+    eight,
     flash,
     from_eight,
     gated,
@@ -77,7 +78,7 @@ FAMILIES = {  # section of the table -> its ops
     "linear": ("linear",),
     "int4": ("int4_linear",),
     "gguf": ("q4k_linear", "int8_linear"),
-    "8-bit product": ("quantize_per_token", "dequantize_sums"),
+    "8-bit product": ("quantize_per_token", "dequantize_sums", "scaled_linear"),
     "rotary": ("rotary_embedding", "rotary_and_cache"),
     "activation": ("silu_and_mul", "gelu_and_mul", "bias_act"),
     "sampling": ("sample", "argmax"),
@@ -221,6 +222,13 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     *[(op, model, gguf, BOTH, [{"layer": layer, "rows": n, "kind": kind} for n in (1, 8, 64)])
       for op, kind in (("q4k_linear", "Q4_K"), ("int8_linear", "Q8_0"))
       for model, layer in ((L3, "q"), (SMOL, "down"))],
+    *[("int8_linear", L3, gguf, GPU, [
+        {"layer": layer, "rows": n, "kind": "Q8_0"} for n in (1, 8, 16, 32, 64, 256, 1024)
+      ])
+      for layer in ("qkv", "down", "gate+up")],
+    *[("scaled_linear", L3, eight, GPU, [{"layer": layer, "rows": n, "stored": s} for n in (1, 8) for s in KV_DTYPES])
+      for layer in ("q", "down", "gate+up")],
+    ("scaled_linear", SMOL, eight, BOTH, [{"layer": "down", "rows": n, "stored": "int8"} for n in (1, 8)]),
     *[("quantize_per_token", model, to_eight, devices, [{"tokens": n, "stored": s} for n in sizes for s in KV_DTYPES])
       for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
     *[("dequantize_sums", model, from_eight, devices, [{"tokens": n} for n in sizes])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_pagedkv import ops
+from torch_pagedkv.quant.eight import Fp8Linear, W8A8Linear
 
 from . import peers as others
 
@@ -800,6 +801,33 @@ def to_eight(env: Env, model: Model, tokens: int, stored: str) -> Problem:
         moved=tokens * (k * (env.size + 1) + 4) + 4 * k,
         bound=0.0,
         peers={"PyTorch": plain},
+    )
+
+
+def eight(env: Env, model: Model, layer: str, rows: int, stored: str) -> Problem:
+    """scaled_linear beside torch's product of 8-bit numbers with what surrounds it, and F.linear in the dtype."""
+    n, k = LAYERS[layer](model)
+    dtype = KV_DTYPES[stored]
+
+    def make() -> Inputs:
+        a = Inputs(x=env.normal(rows, k, scale=30).to(dtype), w=env.normal(n, k, scale=30).to(dtype))
+        a.row, a.column = env.normal(rows).float().abs() * 0.01, env.normal(n).float().abs() * 0.01
+        a.one = torch.ones((), dtype=torch.float32, device=env.device)
+        a.x16, a.dense = env.normal(rows, k), env.normal(n, k)
+        return a
+
+    def torchs(a: Inputs) -> Tensor:
+        sums = (W8A8Linear if dtype == torch.int8 else Fp8Linear).multiply(a.x, a.w, a.one)
+        return ops.dequantize_sums(sums, a.row, a.column, dtype=env.dtype)
+
+    return Problem(
+        make,
+        lambda a: ops.scaled_linear(a.x, a.row, a.w, a.column, dtype=env.dtype),
+        lambda a: [reference("scaled_linear", a.x, a.row, a.w, a.column, None, torch.float64)],
+        outputs,
+        moved=n * k + rows * k + env.size * rows * n + 4 * (rows + n),
+        bound=env.rounding(0.6, 8),
+        peers={"torch's product": torchs, "F.linear": lambda a: F.linear(a.x16, a.dense)},
     )
 
 
