@@ -65,7 +65,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrClusterLaunch
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
@@ -343,6 +344,10 @@ T __ldg(const T* p) {
   return *p;
 }
 template <class T>
+void __stcg(T* p, T x) {
+  *p = x;
+}
+template <class T>
 T __ldcs(const T* p) {
   return *p;
 }
@@ -422,6 +427,7 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
 }
 
+inline void tanh_approx_f32(float& y, float x) { y = approximate(tanhf(x), 1 << 12); }
 inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w,
                                                        const uint4* p) {
   const uint4 loaded = __ldg(p);
@@ -511,5 +517,19 @@ void mma_bfloat16(Mma& lane);
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, mma_half)
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, mma_bfloat16)
 #undef EMULATE_MMA
+
+// d += a b, one lane's fragments of m16n8k32 in 8 bits
+struct MmaInt8 {
+  int d[4];
+  uint32_t a[4], b[2];
+};
+void mma_int8(MmaInt8& lane);
+inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int& d0, int& d1, int& d2, int& d3, uint32_t a0,
+                                                            uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                                            uint32_t b1, int c0, int c1, int c2, int c3) {
+  MmaInt8 m{{c0, c1, c2, c3}, {a0, a1, a2, a3}, {b0, b1}};
+  mma_int8(m);
+  d0 = m.d[0], d1 = m.d[1], d2 = m.d[2], d3 = m.d[3];
+}
 
 }  // namespace emulate::ptx
