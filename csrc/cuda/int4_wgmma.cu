@@ -1,33 +1,45 @@
-// int4_linear for many rows of 16-bit activations on Hopper's tensor cores (wgmma, sm_90a).
+// int4_linear for 9 and more rows of 16-bit activations on Hopper (sm_90a).
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
 //
 // Weights with offsets, float32 scales and odd sizes stay with int4_mma.cu or int4.cu.
 //
 // Algorithm: y^T = W x^T, W from registers as the A operand, x from shared memory as B. A lane's 16 bytes of a slice
-// (32 inputs, 32 outputs; int4.h) are its fragments for two products of 64 outputs: a warp has a block of 32 outputs,
-// rows of A are outputs in the order that suits. Inputs of a slice are renamed, so x is brought into that order first
-// (arrange_kernel), in tiles which one bulk copy brings to shared memory. A number becomes (q - zero) * scale in 16
-// bits, rounded once, as in the stock dequantised weight; a float16 scale under bfloat16 activations is kept as the sum
-// of two bfloat16, one product and one fused multiply-add.
+// (32 inputs, 32 outputs; int4.h) are its fragments for two products (wgmma) of 64 outputs: a warp has a block of 32
+// outputs, rows of A are outputs in the order that suits. Inputs of a slice are renamed, so x is brought into that
+// order first (arrange_kernel), in tiles which bulk copies bring to shared memory.
 //
 // A tile is kOutputs outputs and kRows rows. Warpgroups:
 //   producer   two warps copy weights and one factors (cp.async), a lane x; kStages ahead, also across tiles, and the
 //              weights before x is arranged
-//   consumers  each with 128 outputs. The numbers of a slice are made while the products of the one before run.
+//   consumers  make the numbers of a step while the products of the one before run
 // CTAs stay. They take whole tiles as long as there is one for each; what is left is cut along K into equal parts
 // (stream-K), whose sums go to memory and are added up in order by reduce_kernel. All orders are fixed by the shapes:
 // equal calls give equal bits. The three kernels overlap (programmatic dependent launch).
 //
+// Consumers, by rows:
+//   more than 96  consume: two warpgroups with 128 outputs each. A number becomes (q - zero) * scale in 16 bits,
+//   rounded
+//                 once, as in the stock dequantised weight; a float16 scale under bfloat16 activations is kept as the
+//                 sum of two bfloat16, one product and one fused multiply-add.
+//   17 to 96      consume_few: four warpgroups with 64 outputs each; a lane takes two words of its 16 bytes. Numbers
+//   are
+//                 q - zero, exactly, and the sums of a set (inputs of a stage in one group) are scaled in float32: a
+//                 product for each sum, not for each pair of weights, and scales of any type lose nothing. More than 64
+//                 rows are two tiles.
+//   9 to 16       consume_warps: the same sums by mma.sync, a warp to a block of outputs, x as it lies.
+//
 // Floor: the larger of bytes of W / 4.28 TB/s and 2 m n k / 790 TFLOP/s (an H200's). Instructions: 16 pairs of a slice
-// take 12 shifts, 16 lop3, 16 subtractions and 16 products, or 32 with two factors.
+// take 12 shifts, 16 lop3 and 16 subtractions; in consume 16 products, or 32 with two factors, on top.
 //
 // Tried: x by cp.async of 4 bytes in the order of the lanes: 41 cycles each, 180 us for m = 1024 of 4096 x 4096.
 // Weights straight into a ring of registers, as in int4_mma.cu: the fence in front of products waits for loads under
 // way, so a stage takes a latency of memory: 31 us for 14336 x 4096 whatever m is up to 64.
 //
-// 14336 x 4096 at m = 64 (1024), us: 31 (266); without products 26 (186), without making numbers 24 (214), without
-// copies of weights 29 (248), without those of x 30 (255). What is left to gain is in the consumers: two warps a
-// scheduler do not hide the 105 instructions of a slice.
+// 28672 x 4096 at m = 16, 32, 64, us: consume 41, 40, 53; consume_few with stages of 64 inputs 36, 41, 48, of 128 (half
+// of the instructions that are not arithmetic) 29, 34, 44, with hold() 29, 33, 42; consume_warps 26, 33, 55.
+// consume_few at m = 16 without products 19, without making numbers 24, without copies of weights 27: a wgmma with A
+// from registers takes about 25 cycles more than its columns ask for, which few columns do not hide. 14336 x 4096 at m
+// = 1024, consume: 266; without products 186, without making numbers 214.
 #include <algorithm>
 
 #include "int4.h"
@@ -38,24 +50,26 @@
 namespace pagedkv {
 namespace {
 
-// Shared memory of a stage: x, for each 64 inputs [kRows, 64] as wgmma.cuh has it; the words of each block, [slices][4]
-// [32], chunk c of row j in place c ^ 2 (j % 4), so that the lanes of a fragment hit all banks; scales and zeros
-// [outputs] of each set of slices, which share a group.
+// Shared memory of a stage: x, for each 64 inputs [kRows, 64] as wgmma.cuh has it, or for consume_warps rows as they
+// are, kXPitch bytes apart (with which the 16 bytes of eight lanes, two rows of four, lie in different banks); the
+// words of each block, [slices][4][32], chunk c of row j in place c ^ 2 (j % 4), so that the lanes of a fragment hit
+// all banks; scales and zeros [outputs] of each set of slices, which share a group.
 template <int kRows_, int kSets_, bool kFew_>
 struct Shape {
   static constexpr int kRows = kRows_;                                                         // of x in a tile
   static constexpr int kSlices = kFew_ ? 4 : 2, kSets = kSets_, kSetSlices = kSlices / kSets;  // of a stage
-  static constexpr bool kFew = kFew_;                          // which consumers: consume_few or consume
-  static constexpr int kOutputs = 256;                         // of a tile
-  static constexpr int kParts = kFew ? 1 : 2;                  // products of 64 outputs that a consumer has
-  static constexpr int kConsumers = kOutputs / (64 * kParts);  // warpgroups
+  static constexpr bool kFew = kFew_, kWarps = kFew && kRows <= 16;  // consume_few, consume_warps; neither: consume
+  static constexpr int kOutputs = 256;                               // of a tile
+  static constexpr int kParts = kFew && !kWarps ? 1 : 2;             // of 64 outputs, that a consumer has
+  static constexpr int kConsumers = kOutputs / (64 * kParts);        // warpgroups
   static constexpr int kThreads = 128 * (1 + kConsumers);
   static constexpr int kBlocks = kOutputs / kInt4Block;
   // setmaxnreg: what the CTA is launched with is shared out anew
-  static constexpr int kProducerRegisters = kFew ? 32 : 40;
+  static constexpr int kProducerRegisters = kParts == 1 ? 32 : 40;
   static constexpr int kConsumerRegisters =
       (65536 / kThreads / 8 * 8 * (1 + kConsumers) - kProducerRegisters) / kConsumers / 8 * 8;
-  static constexpr int kXBytes = kRows * 64 * kSlices, kWordBytes = kBlocks * 512 * kSlices,
+  static constexpr int kXPitch = 320;  // of consume_warps, in bytes
+  static constexpr int kXBytes = kRows * (kWarps ? kXPitch : 64 * kSlices), kWordBytes = kBlocks * 512 * kSlices,
                        kFactorBytes = 3 * kOutputs;
   static constexpr int kStageBytes = (kXBytes + kWordBytes + kSets * kFactorBytes + 1023) / 1024 * 1024;
   static constexpr int kStages = std::min(20, 224 * 1024 / kStageBytes);
@@ -166,19 +180,41 @@ __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, B
   Cursor cursor(work);
   Segment s;
   if (warp == 3) {
-    if (lane > 0) return;
+    if (!S::kWarps && lane > 0) return;
     wait_for_previous();
     while (cursor.next(work, s)) {
       const int tile_m = s.tile % work.row_tiles;
-      constexpr int kCopies = S::kSlices / 2, kBytes = S::kXBytes / kCopies;
-      const unsigned char* from = work.x + (s.begin * kCopies * work.rows + int64_t(tile_m) * S::kRows) * 128;
+      if constexpr (S::kWarps) {  // two rows at a time
+        const int64_t step = 4 * p.x_stride, first = int64_t(tile_m) * S::kRows + lane / 16;
+        const char* const any = static_cast<const char*>(p.x) + lane % 16 * 16;
+        const char* start = any + first * p.x_stride * 2 + s.begin * 256;
+        const int rows = int(min(int64_t(S::kRows), p.m - first));
 #pragma unroll 1
-      for (int stage = s.begin; stage < s.end; ++stage) {
-        wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
+        for (int stage = s.begin; stage < s.end; ++stage, start += 256) {
+          wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
+          const uint32_t to = shared + ring.index * S::kStageBytes + lane / 16 * S::kXPitch + lane % 16 * 16;
+          const bool exists = stage * 16 + lane % 16 < work.slices * 4;
+          const char* at = start;
 #pragma unroll
-        for (int i = 0; i < kCopies; ++i, from += work.rows * 128)
-          wgmma::copy_bulk(shared + ring.index * S::kStageBytes + i * kBytes, from, kBytes, barriers.full[ring.index]);
-        ring.advance();
+          for (int i = 0; i < S::kRows; i += 2, at += step) {
+            const bool ok = exists && i < rows;
+            cp_async<16>(to + i * S::kXPitch, ok ? at : any, ok);
+          }
+          wgmma::barrier_arrive_copies(barriers.full[ring.index]);
+          ring.advance();
+        }
+      } else {
+        constexpr int kCopies = S::kSlices / 2, kBytes = S::kXBytes / kCopies;
+        const unsigned char* from = work.x + (s.begin * kCopies * work.rows + int64_t(tile_m) * S::kRows) * 128;
+#pragma unroll 1
+        for (int stage = s.begin; stage < s.end; ++stage) {
+          wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
+#pragma unroll
+          for (int i = 0; i < kCopies; ++i, from += work.rows * 128)
+            wgmma::copy_bulk(shared + ring.index * S::kStageBytes + i * kBytes, from, kBytes,
+                             barriers.full[ring.index]);
+          ring.advance();
+        }
       }
     }
   } else if (warp == 2) {
@@ -286,6 +322,35 @@ struct Factors {
   }
 };
 
+// A consumer's sums of a segment: done, or to memory. d as products leave it, see wgmma_ptx.cuh.
+template <class S, class T>
+__device__ __forceinline__ void finish(const Int4Params& p, const Work& work, const Segment& s,
+                                       float (&sum)[2][S::kRows / 2], int group, int warp, int lane) {
+  constexpr int kRows = S::kRows, kThreads = 128 * S::kConsumers;
+  if (s.slot >= 0) {
+    float4* const to = work.partial + int64_t(s.slot) * (kRows / 4 * kThreads) + group * 128 + warp * 32 + lane;
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+#pragma unroll
+      for (int j = 0; j < kRows / 8; ++j)
+        to[(part * (kRows / 8) + j) * kThreads] =
+            make_float4(sum[part][4 * j], sum[part][4 * j + 1], sum[part][4 * j + 2], sum[part][4 * j + 3]);
+    return;
+  }
+  const int tile_n = s.tile / work.row_tiles, tile_m = s.tile - tile_n * work.row_tiles;
+  const int64_t n = int64_t(tile_n) * S::kOutputs + lane_output<S>(group, warp, lane);
+  const int64_t row = int64_t(tile_m) * kRows + 2 * (lane & 3);
+#pragma unroll
+  for (int j = 0; j < kRows / 8; ++j)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float out[4];
+#pragma unroll
+      for (int b = 0; b < 4; ++b) out[b] = sum[b / 2][4 * j + b % 2 * 2 + e];
+      store_outputs<T, 4>(p, row + 8 * j + e, n, out);
+    }
+}
+
 template <class S, class T, bool kSplit>
 __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
                                         const unsigned char* shared, int group, int warp, int lane) {
@@ -353,29 +418,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
     for (int part = 0; part < 2; ++part) wgmma::pin(sum[part]);
     release(before);
 
-    if (s.slot >= 0) {
-      const int thread = group * 128 + warp * 32 + lane;
-      float4* const to = work.partial + int64_t(s.slot) * (kRows / 4 * kThreads) + thread;
-#pragma unroll
-      for (int part = 0; part < 2; ++part)
-#pragma unroll
-        for (int j = 0; j < kRows / 8; ++j)
-          to[(part * (kRows / 8) + j) * kThreads] =
-              make_float4(sum[part][4 * j], sum[part][4 * j + 1], sum[part][4 * j + 2], sum[part][4 * j + 3]);
-    } else {
-      const int tile_n = s.tile / work.row_tiles, tile_m = s.tile - tile_n * work.row_tiles;
-      const int64_t n = int64_t(tile_n) * S::kOutputs + output;
-      const int64_t row = int64_t(tile_m) * kRows + 2 * t;
-#pragma unroll
-      for (int j = 0; j < kRows / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float out[4];
-#pragma unroll
-          for (int b = 0; b < 4; ++b) out[b] = sum[b / 2][4 * j + b % 2 * 2 + e];
-          store_outputs<T, 4>(p, row + 8 * j + e, n, out);
-        }
-    }
+    finish<S, T>(p, work, s, sum, group, warp, lane);
   }
 }
 
@@ -404,9 +447,6 @@ __device__ __forceinline__ void store_tile(const Int4Params& p, int64_t row, int
     }
 }
 
-// For few rows: a consumer has 64 outputs, a lane two words of its 16 bytes, and the sums of a set are scaled in
-// float32: a product for each sum and set, not for each pair of weights, and scales of any type lose nothing. Numbers
-// of a step are made while the products of the step before run.
 template <class S, class T>
 __device__ __forceinline__ void consume_few(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
                                             const unsigned char* shared, int group, int warp, int lane) {
@@ -520,6 +560,68 @@ __device__ __forceinline__ void consume_few(const Int4Params& p, const Work& wor
   }
 }
 
+template <class S, class T>
+__device__ __forceinline__ void consume_warps(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
+                                              const unsigned char* shared, int group, int warp, int lane) {
+  constexpr int kTiles = S::kRows / 8;
+  const int t = lane & 3, g = lane >> 2, output = lane_output<S>(group, warp, lane);
+  const unsigned char* const inputs = shared + g * S::kXPitch + t * 16;
+  const unsigned char* const words =
+      shared + S::kXBytes + (group * 4 + warp) * (512 * S::kSlices) + t * 128 + (g ^ 2 * t) * 16;
+  const unsigned char* const scales = shared + S::kXBytes + S::kWordBytes + 2 * output;
+  const unsigned char* const zeros = shared + S::kXBytes + S::kWordBytes + 2 * S::kOutputs + output;
+  const bool has_zeros = p.zeros != nullptr, bfloat = p.scale_type == ScalarType::BFloat16;
+  wgmma::Ring<S::kStages> ring;
+  Cursor cursor(work);
+  Segment s;
+  while (cursor.next(work, s)) {
+    float total[2][4 * kTiles] = {};
+#pragma unroll 1
+    for (int stage = s.begin; stage < s.end; ++stage) {
+      wgmma::barrier_wait(barriers.full[ring.index], ring.parity);
+      const int base = ring.index * S::kStageBytes;
+#pragma unroll
+      for (int set = 0; set < S::kSets; ++set) {
+        const uint2 raw = *reinterpret_cast<const uint2*>(scales + base + set * S::kFactorBytes);
+        const uint32_t bytes =
+            has_zeros ? *reinterpret_cast<const uint32_t*>(zeros + base + set * S::kFactorBytes) : 0x08080808u;
+        uint32_t zero[4];
+        float scale[4];
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          const uint32_t bits = (b < 2 ? raw.x : raw.y) >> 16 * (b % 2);
+          zero[b] = int4_zero_pair<T>(bytes, b);
+          scale[b] = bfloat ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(uint16_t(bits)));
+        }
+        float sum[2][kTiles][4] = {};
+#pragma unroll
+        for (int i = set * S::kSetSlices; i < (set + 1) * S::kSetSlices; ++i) {
+          uint32_t a[2][2][4];
+          int4_fragments<T, false>(*reinterpret_cast<const uint4*>(words + base + 512 * i), zero, a);
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const uint4 x = *reinterpret_cast<const uint4*>(inputs + base + j * (8 * S::kXPitch) + 64 * i);
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+              mma_16816<T>(sum[part][j], a[part][0], x.x, x.y);
+              mma_16816<T>(sum[part][j], a[part][1], x.z, x.w);
+            }
+          }
+        }
+#pragma unroll
+        for (int part = 0; part < 2; ++part)
+#pragma unroll
+          for (int i = 0; i < 4 * kTiles; ++i)
+            total[part][i] = fmaf(scale[2 * part + i % 4 / 2], sum[part][i / 4][i % 4], total[part][i]);
+      }
+      __syncwarp();
+      if (lane == 0) wgmma::barrier_arrive(barriers.empty[ring.index]);
+      ring.advance();
+    }
+    finish<S, T>(p, work, s, total, group, warp, lane);
+  }
+}
+
 #endif
 
 template <class S, class T, bool kSplit>
@@ -534,7 +636,7 @@ __global__ void __launch_bounds__(S::kThreads, 1)
   release_next();
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
-      wgmma::barrier_init(barriers.full[i], kWordThreads + 32 + S::kSlices / 2);
+      wgmma::barrier_init(barriers.full[i], kWordThreads + 32 + (S::kWarps ? 32 : S::kSlices / 2));
       wgmma::barrier_init(barriers.empty[i], 4 * S::kConsumers);
     }
     wgmma::fence_async_proxy();
@@ -545,7 +647,9 @@ __global__ void __launch_bounds__(S::kThreads, 1)
     produce<S>(p, work, barriers, smem_address(shared), warp, lane);
   } else {
     wgmma::take_registers<S::kConsumerRegisters>();
-    if constexpr (S::kFew)
+    if constexpr (S::kWarps)
+      consume_warps<S, T>(p, work, barriers, shared, warp / 4 - 1, warp % 4, lane);
+    else if constexpr (S::kFew)
       consume_few<S, T>(p, work, barriers, shared, warp / 4 - 1, warp % 4, lane);
     else
       consume<S, T, kSplit>(p, work, barriers, shared, warp / 4 - 1, warp % 4, lane);
@@ -590,7 +694,8 @@ __global__ void __launch_bounds__(128 * S::kConsumers)
 // Where it is faster than int4_mma.cu, or than cuBLAS on expanded weights: by weights for each SM. Measured on an H200.
 bool pays(const Int4Params& p, int sms) {
   const int64_t weights = p.n * p.k / sms;
-  return p.m <= 512 && weights >= (p.m <= 16 ? 600000 : p.m <= 32 ? 180000 : p.m <= 64 ? 100000 : 60000);
+  const int64_t least = p.m <= 16 ? 600000 : p.m <= 24 ? 195000 : p.m <= 32 ? 180000 : p.m <= 64 ? 100000 : 60000;
+  return p.m <= 512 && weights >= least;
 }
 
 template <class S, class T, bool kSplit>
@@ -612,15 +717,17 @@ void launch(const Int4Params& p, const Tensor& like, const Int4Device& device, c
     work.whole = int(tiles), work.per = work.stages;
   }
   const bool split = work.units > 0;
-  const int64_t x_bytes = work.stages * work.rows * (64 * S::kSlices);
+  const int64_t x_bytes = S::kWarps ? 0 : work.stages * work.rows * (64 * S::kSlices);
   const int64_t slots = split ? 2 * ((work.units + work.per - 1) / work.per) : 0;
-  const Tensor workspace = torch::stable::new_empty(
-      like, {x_bytes + slots * S::kRows * S::kOutputs * int64_t(sizeof(float))}, ScalarType::Byte);
+  const int64_t bytes = x_bytes + slots * S::kRows * S::kOutputs * int64_t(sizeof(float));
+  const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
   work.x = static_cast<const unsigned char*>(workspace.const_data_ptr());
   work.partial = reinterpret_cast<float4*>(static_cast<unsigned char*>(workspace.mutable_data_ptr()) + x_bytes);
-  const int64_t pieces = work.rows * S::kSlices * work.stages;
-  launch_kernel(arrange_kernel<T>, dim3(unsigned((pieces + 255) / 256)), 256, 0, stream, p,
-                static_cast<uint4*>(workspace.mutable_data_ptr()), work.rows, S::kSlices * work.stages);
+  if constexpr (!S::kWarps) {
+    const int64_t pieces = work.rows * S::kSlices * work.stages;
+    launch_kernel(arrange_kernel<T>, dim3(unsigned((pieces + 255) / 256)), 256, 0, stream, p,
+                  static_cast<uint4*>(workspace.mutable_data_ptr()), work.rows, S::kSlices * work.stages);
+  }
   const auto kernel = int4_wgmma_kernel<S, T, kSplit>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   launch_kernel(kernel, dim3(unsigned(grid)), S::kThreads, S::kBytes, stream, p, work);
