@@ -536,6 +536,27 @@ inline void check_dequantize_sums(const Tensor& sums, const Tensor& row_scale, c
   check_vector(op, "bias", bias, sums.size(sums.dim() - 1), dtype, "sums", sums);
 }
 
+inline void check_scaled_linear(const Tensor& x, const Tensor& row_scale, const Tensor& weight,
+                                const Tensor& column_scale, const OptTensor& bias, ScalarType dtype) {
+  const char* op = "scaled_linear";
+  PAGEDKV_CHECK(is_quantized(x.scalar_type()), op, "x", dtype_of(x), "int8 or float8_e4m3fn");
+  PAGEDKV_CHECK(x.dim() >= 1, op, "x", "a 0-dimensional tensor", "[..., K]");
+  PAGEDKV_CHECK(x.is_contiguous(), op, "x", "a strided view", "a contiguous tensor");
+  check_shape(op, "weight", weight, {-1, x.size(x.dim() - 1)}, "[N, K]");
+  check_same_dtype(op, "weight", weight, "x", x);
+  check_device(op, "weight", weight, "x", x);
+  check_inner(op, "weight", weight);
+  PAGEDKV_CHECK(is_float(dtype), op, "dtype", name_of(dtype), "float32, float16 or bfloat16");
+  bool ok = row_scale.dim() == x.dim() - 1;
+  for (int64_t i = 0; ok && i < row_scale.dim(); ++i) ok = row_scale.size(i) == x.size(i);
+  PAGEDKV_CHECK(ok, op, "row_scale", "shape " << shape_of(row_scale), "x's shape without K");
+  check_dtype(op, "row_scale", row_scale, ScalarType::Float);
+  PAGEDKV_CHECK(row_scale.is_contiguous(), op, "row_scale", "a strided view", "a contiguous tensor");
+  check_device(op, "row_scale", row_scale, "x", x);
+  check_vector(op, "column_scale", column_scale, weight.size(0), ScalarType::Float, "x", x);
+  check_vector(op, "bias", bias, weight.size(0), dtype, "x", x);
+}
+
 inline void check_bias_act(const Tensor& x, const OptTensor& bias) {
   const char* op = "bias_act";
   check_float(op, "x", x);

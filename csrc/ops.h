@@ -82,6 +82,8 @@ using int8_linear_fn = Tensor(Tensor x, Tensor packed, Tensor scales, OptTensor 
 // quantize -----------------------------------------------------------------------------------------------------------
 using quantize_per_token_fn = Pair(Tensor x, OptTensor factor, int64_t rotation, ScalarType dtype);
 using dequantize_sums_fn = Tensor(Tensor sums, Tensor row_scale, Tensor column_scale, OptTensor bias, ScalarType dtype);
+using scaled_linear_fn = Tensor(Tensor x, Tensor row_scale, Tensor weight, Tensor column_scale, OptTensor bias,
+                                ScalarType dtype);
 
 // rotary -------------------------------------------------------------------------------------------------------------
 using rotary_embedding_fn = void(Tensor query, OptTensor key, Tensor cos, Tensor sin, bool interleaved);

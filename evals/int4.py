@@ -36,15 +36,21 @@ from torch_pagedkv.cli import positive
 
 from . import command, demo, machine, models, prompts, render, speed
 
-#: way -> options of `patch`; None: stock
-WAYS: dict[str, dict[str, Any] | None] = {
-    "stock": None,
-    "patched": {},
-    "int4 g64": {"weights": "int4", "group_size": 64},
-    "int4 g32": {"weights": "int4", "group_size": 32},
-    "int4 g64, head": {"weights": "int4", "group_size": 64, "quantize_head": True},
-    "int4 g32, head": {"weights": "int4", "group_size": 32, "quantize_head": True},
-}
+#: group sizes of the table: SmolLM2, the CPU's default model, has layers that 128 does not divide
+GROUPS = {"cpu": (64, 32), "cuda": (128,)}
+
+
+def ways_of(device: str) -> dict[str, dict[str, Any] | None]:
+    """Way -> options of `patch`; None: stock."""
+    four_bit = [{"weights": "int4", "group_size": group} for group in GROUPS[device]]
+    return {
+        "stock": None,
+        "patched": {},
+        **{f"int4 g{one['group_size']}": one for one in four_bit},
+        **{f"int4 g{one['group_size']}, head": {**one, "quantize_head": True} for one in four_bit},
+    }
+
+
 FROM_FILE = "patched, the GGUF file's numbers"
 LLAMA_CPP = "llama.cpp"
 
@@ -152,7 +158,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ids.extend(prompt(args, model, tokenizer))
         return Ours(model, options)
 
-    for name, options in WAYS.items():
+    for name, options in ways_of(device).items():
         ways[name] = functools.partial(ours, options)
     if file is not None:
         ways[FROM_FILE] = lambda: _from_file(file, device, args.dtype)

@@ -46,6 +46,7 @@ from .problems import (
     Tensors,
     cascade,
     copy,
+    eight,
     flash,
     from_eight,
     gated,
@@ -77,7 +78,7 @@ FAMILIES = {  # section of the table -> its ops
     "linear": ("linear",),
     "int4": ("int4_linear",),
     "gguf": ("q4k_linear", "int8_linear"),
-    "8-bit product": ("quantize_per_token", "dequantize_sums"),
+    "8-bit product": ("quantize_per_token", "dequantize_sums", "scaled_linear"),
     "rotary": ("rotary_embedding", "rotary_and_cache"),
     "activation": ("silu_and_mul", "gelu_and_mul", "bias_act"),
     "sampling": ("sample", "argmax"),
@@ -131,6 +132,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         *[{"batch": b, "context": n, "page": 64} for b, n in ((1, 8192), (32, 2048), (32, 8192))],
         *[{"batch": 32, "context": n, "kv": kv} for kv in KV_DTYPES for n in (2048, 4096, 8192)],
         {"batch": 64, "context": 2048, "lognormal": True, "kv": "int8"},
+        *[{"batch": b, "context": n, "batch_invariant": True} for b, n in (
+            (1, 1024), (1, 8192), (1, 32768), (32, 2048), (32, 8192), (128, 1024)
+        )],
+        {"batch": 64, "context": 2048, "lognormal": True, "batch_invariant": True},
     ]),
     ("paged_attention", L2, paged, GPU, [
         *[{"batch": 32, "context": n} for n in (128, 512, 2048)], {"batch": 32, "context": 2048, "kv": "int8"},
@@ -165,7 +170,8 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         {"batch": 1, "context": 8192, "query": 8192, "window": 4096, "softcap": 50.0},
     ]),
     ("paged_attention", L3, paged, CPU, [
-        {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
+        {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024, "batch_invariant": True},
+        {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
     ]),
     *[("paged_attention", m, paged, CPU, [{"batch": 1, "context": 1024}]) for m in (L2, QWEN, QWEN3, GEMMA)],
     ("paged_attention", MISTRAL, paged, CPU, [{"batch": 1, "context": 1024, "window": 512}]),
@@ -216,6 +222,13 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     *[(op, model, gguf, BOTH, [{"layer": layer, "rows": n, "kind": kind} for n in (1, 8, 64)])
       for op, kind in (("q4k_linear", "Q4_K"), ("int8_linear", "Q8_0"))
       for model, layer in ((L3, "q"), (SMOL, "down"))],
+    *[("int8_linear", L3, gguf, GPU, [
+        {"layer": layer, "rows": n, "kind": "Q8_0"} for n in (1, 8, 16, 32, 64, 256, 1024)
+      ])
+      for layer in ("qkv", "down", "gate+up")],
+    *[("scaled_linear", L3, eight, GPU, [{"layer": layer, "rows": n, "stored": s} for n in (1, 8) for s in KV_DTYPES])
+      for layer in ("q", "down", "gate+up")],
+    ("scaled_linear", SMOL, eight, BOTH, [{"layer": "down", "rows": n, "stored": "int8"} for n in (1, 8)]),
     *[("quantize_per_token", model, to_eight, devices, [{"tokens": n, "stored": s} for n in sizes for s in KV_DTYPES])
       for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
     *[("dequantize_sums", model, from_eight, devices, [{"tokens": n} for n in sizes])

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_pagedkv import ops
+from torch_pagedkv.quant.eight import Fp8Linear, W8A8Linear
 
 from . import peers as others
 
@@ -161,9 +162,10 @@ def paged(
     window: int = 0,
     softcap: float = 0.0,
     flex: bool = False,
+    batch_invariant: bool = False,
 ) -> Problem:
     """paged_attention: `query` tokens a sequence at the end of `context`; lognormal: that is the lengths' mean; flex:
-    beside FlexAttention, which is compiled for each row."""
+    beside FlexAttention, which is compiled for each row; batch_invariant: beside itself without."""
     lengths = lognormal_lengths(batch, context) if lognormal else [context] * batch
     lengths = [max(query, n) for n in lengths]
     needed = [-(-n // page) for n in lengths]
@@ -198,7 +200,7 @@ def paged(
         causal = query > 1 and a.mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=a.mask, is_causal=causal, enable_gqa=True)
 
-    def call(a: Inputs) -> Any:
+    def call(a: Inputs, batch_invariant: bool = batch_invariant) -> Any:
         return ops.paged_attention(
             a.query,
             a.k,
@@ -208,6 +210,7 @@ def paged(
             a.start,
             a.rows,
             max_query_len=query,
+            batch_invariant=batch_invariant,
             sliding_window=window,
             softcap=softcap,
             k_scale=a.k_scale,
@@ -229,10 +232,12 @@ def paged(
         return [out[starts[s] + first : starts[s] + end] for s, first, end in sampled_rows(lengths, rows)]
 
     peers: dict[str, Callable[[Inputs], Any]] = {}
-    if kv == "same" and not softcap:
+    if batch_invariant:
+        peers["paged_attention"] = partial(call, batch_invariant=False)
+    elif kv == "same" and not softcap:
         peers["gather + sdpa"] = lambda a: sdpa(a, *(x[:, :, :longest] for x in dense(a)))
         peers["sdpa on dense KV"] = lambda a: sdpa(a, *a.dense)
-    if kv == "same" and env.device.type == "cuda" and env.size == 2:
+    if kv == "same" and env.device.type == "cuda" and env.size == 2 and not batch_invariant:
         peers |= others.attention(
             others.Attention(heads, model.kv_heads, d, page, lengths, query, env.dtype, window, softcap), call, flex
         )
@@ -797,6 +802,33 @@ def to_eight(env: Env, model: Model, tokens: int, stored: str) -> Problem:
         moved=tokens * (k * (env.size + 1) + 4) + 4 * k,
         bound=0.0,
         peers={"PyTorch": plain},
+    )
+
+
+def eight(env: Env, model: Model, layer: str, rows: int, stored: str) -> Problem:
+    """scaled_linear beside torch's product of 8-bit numbers with what surrounds it, and F.linear in the dtype."""
+    n, k = LAYERS[layer](model)
+    dtype = KV_DTYPES[stored]
+
+    def make() -> Inputs:
+        a = Inputs(x=env.normal(rows, k, scale=30).to(dtype), w=env.normal(n, k, scale=30).to(dtype))
+        a.row, a.column = env.normal(rows).float().abs() * 0.01, env.normal(n).float().abs() * 0.01
+        a.one = torch.ones((), dtype=torch.float32, device=env.device)
+        a.x16, a.dense = env.normal(rows, k), env.normal(n, k)
+        return a
+
+    def torchs(a: Inputs) -> Tensor:
+        sums = (W8A8Linear if dtype == torch.int8 else Fp8Linear).multiply(a.x, a.w, a.one)
+        return ops.dequantize_sums(sums, a.row, a.column, dtype=env.dtype)
+
+    return Problem(
+        make,
+        lambda a: ops.scaled_linear(a.x, a.row, a.w, a.column, dtype=env.dtype),
+        lambda a: [reference("scaled_linear", a.x, a.row, a.w, a.column, None, torch.float64)],
+        outputs,
+        moved=n * k + rows * k + env.size * rows * n + 4 * (rows + n),
+        bound=env.rounding(0.6, 8),
+        peers={"torch's product": torchs, "F.linear": lambda a: F.linear(a.x16, a.dense)},
     )
 
 

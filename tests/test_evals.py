@@ -415,7 +415,7 @@ def test_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert int4.main([*argv, "--json", str(report)]) == 0
     result = json.loads(report.read_text())
     ways = {one["way"]: one for one in result["ways"]}
-    assert list(ways) == list(int4.WAYS)
+    assert list(ways) == list(int4.ways_of("cpu"))
     assert all(len(one["tokens"]) == 4 and len(one["all_seconds"]) == 1 for one in ways.values())
     # 64 x 64 and 64 x 96 matrices: bfloat16, and 4 bits with a float16 scale and a zero for each group
     sizes = {name: one["bytes"]["linears"] for name, one in ways.items()}

@@ -1,4 +1,4 @@
-// quantize_per_token, dequantize_sums; see torch_pagedkv/ops/quantize.py.
+// quantize_per_token, dequantize_sums, scaled_linear; see torch_pagedkv/ops/quantize.py.
 
 #include <cmath>
 
@@ -92,10 +92,51 @@ Tensor dequantize_sums(Tensor sums, Tensor row_scale, Tensor column_scale, OptTe
   return y;
 }
 
+// Whole numbers are summed exactly, float8 as float32.
+template <class E, class S>
+void sum_products(const E* x, const E* w, int64_t count, int64_t n, int64_t k, S* sums) {
+  for (int64_t r = 0; r < count; ++r) {
+    S sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < k; ++i) sum += S(x[r * k + i]) * S(w[i]);
+    sums[r * n] = sum;
+  }
+}
+
+Tensor scaled_linear(Tensor x, Tensor row_scale, Tensor weight, Tensor column_scale, OptTensor bias, ScalarType dtype) {
+  check_scaled_linear(x, row_scale, weight, column_scale, bias, dtype);
+  const bool whole = x.scalar_type() == ScalarType::Char;
+  const int64_t n = weight.size(0), k = weight.size(1), w_stride = n > 1 ? weight.stride(0) : k;
+  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  sizes.back() = n;
+  Tensor sums = torch::stable::new_empty(x, sizes, whole ? ScalarType::Int : ScalarType::Float);
+  const int64_t count = n ? sums.numel() / n : 0;
+  const char *const in = static_cast<const char*>(x.const_data_ptr()), *const w = static_cast<const char*>(
+                                                                           weight.const_data_ptr());
+  const auto widen = rows().convert[kFloat8][kFloat32];
+  std::vector<float> inputs(whole ? 0 : size_t(count * k));
+  if (!whole && count * k > 0) widen(in, 1.f, inputs.data(), count * k);
+  char* const out = static_cast<char*>(sums.mutable_data_ptr());
+  split(n, count * k, [&](int64_t begin, int64_t end) {
+    std::vector<float> row(whole ? 0 : size_t(k));
+    for (int64_t j = begin; j < end; ++j) {
+      if (whole) {
+        sum_products(reinterpret_cast<const int8_t*>(in), reinterpret_cast<const int8_t*>(w + j * w_stride), count, n,
+                     k, reinterpret_cast<int32_t*>(out) + j);
+      } else {
+        if (k > 0) widen(w + j * w_stride, 1.f, row.data(), k);
+        sum_products(inputs.data(), row.data(), count, n, k, reinterpret_cast<float*>(out) + j);
+      }
+    }
+  });
+  return dequantize_sums(sums, row_scale, column_scale, bias, dtype);
+}
+
 }  // namespace
 }  // namespace pagedkv
 
 STABLE_TORCH_LIBRARY_IMPL(torch_pagedkv, CPU, m) {
   PAGEDKV_IMPL(m, quantize_per_token, pagedkv::quantize_per_token);
   PAGEDKV_IMPL(m, dequantize_sums, pagedkv::dequantize_sums);
+  PAGEDKV_IMPL(m, scaled_linear, pagedkv::scaled_linear);
 }

@@ -86,16 +86,30 @@ bool launches_overlap(void (*kernel)(P...)) {
   return answer == 2;
 }
 
-// Launches a kernel that calls wait_for_previous() or begin_kernel().
+// Launches a kernel that calls wait_for_previous() or begin_kernel(), in clusters of so many CTAs (sm_90 and later).
 template <class... P, class... A>
-void launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+void launch_clusters(int size, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                     A&&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = launches_overlap(kernel) ? 1 : 0;
+  config.attrs = attributes;
+  if (launches_overlap(kernel)) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (size > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(size), 1, 1};
+  }
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
+}
+
+template <class... P, class... A>
+void launch_kernel(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, A&&... arguments) {
+  launch_clusters(1, kernel, grid, block, shared, stream, std::forward<A>(arguments)...);
 }
 
 // vectors and conversions ---------------------------------------------------------------------------------------------

@@ -65,22 +65,24 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
     const ScaleOffset of = p.offsets ? load_scale_offset(p, group, n + b)
                                      : ScaleOffset{load_scale(p.scales, p.scale_type, factors + b), 0};
     const int zero = p.zeros ? p.zeros[factors + b] : 8;
-    Vec<T, kInt4Word> out;
+    float v[kInt4Word];
 #pragma unroll
     for (int e = 0; e < kInt4Word; ++e) {
       const int q = int((word[b] >> int4_shift(e)) & 15u) ^ 8;
-      out.v[e] =
-          from_float<T>(p.offsets ? float(double(of.scale) * q + of.offset) : __fmul_rn(of.scale, float(q - zero)));
+      // the exact product, added to and rounded once: in float32, unless it may have more than 24 bits
+      v[e] = !p.offsets                          ? __fmul_rn(of.scale, float(q - zero))
+             : p.scale_type != ScalarType::Float ? fmaf(of.scale, float(q), of.offset)
+                                                 : float(double(of.scale) * q + of.offset);
     }
     T* const row = static_cast<T*>(p.w) + (n + b - p.first_n) * p.in_features;
     if (!p.perm && p.in_features % kInt4Word == 0) {
-      store_vec(row + k, out);
+      store_floats(row + k, v);
     } else {
 #pragma unroll
       for (int e = 0; e < kInt4Word; ++e) {
         if (e >= inputs) break;
         const int64_t to = p.perm ? p.perm[k + e] : k + e;
-        if (to >= 0 && to < p.in_features) row[to] = out.v[e];
+        if (to >= 0 && to < p.in_features) row[to] = from_float<T>(v[e]);
       }
     }
   }
@@ -321,7 +323,7 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
   const auto on_wgmma =
       x.scalar_type() == ScalarType::Half ? launch_int4_wgmma<__half> : launch_int4_wgmma<__nv_bfloat16>;
   if (narrow && p.m >= kInt4Wgmma && on_wgmma(p, input, stream)) return y;
-  if (narrow && (p.m >= kInt4Expand || p.k == 0)) {
+  if (narrow && (p.m >= (p.offsets ? kInt4ExpandOffsets : kInt4Expand) || p.k == 0)) {
     if (p.k > 0)
       expand(p, input, bias, y, stream), p.bias = nullptr;
     else

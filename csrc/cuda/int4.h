@@ -57,6 +57,29 @@ __device__ __forceinline__ ScaleOffset load_scale_offset(const Params& p, int64_
           -(to_float(static_cast<const __half*>(p.offsets)[super]) * float(p.sub_mins[at]))};
 }
 
+// Eight neighbours in stores of 16 bytes; into L2, where the product reads them. (Of assignments the compiler makes
+// stores of 4 bytes.)
+template <class T>
+__device__ __forceinline__ void store_floats(T* to, const float (&v)[8]) {
+  uint4* const out = reinterpret_cast<uint4*>(to);
+  if constexpr (std::is_same_v<T, float>) {
+    const auto bits = [&](int i) { return __float_as_uint(v[i]); };
+    __stcg(out, make_uint4(bits(0), bits(1), bits(2), bits(3)));
+    __stcg(out + 1, make_uint4(bits(4), bits(5), bits(6), bits(7)));
+  } else {
+    const auto pair = [&](int i) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 h = __floats2half2_rn(v[i], v[i + 1]);
+        return *reinterpret_cast<const uint32_t*>(&h);
+      } else {
+        const __nv_bfloat162 h = __floats2bfloat162_rn(v[i], v[i + 1]);
+        return *reinterpret_cast<const uint32_t*>(&h);
+      }
+    };
+    __stcg(out, make_uint4(pair(0), pair(2), pair(4), pair(6)));
+  }
+}
+
 constexpr const char* kPackedActivations[] = {"none", "silu", "gelu", "gelu_tanh"};
 constexpr Act kPackedActs[] = {Act::kNone, Act::kSilu, Act::kGelu, Act::kGeluTanh};
 
@@ -98,11 +121,13 @@ const Int4Device& int4_device();  // the current one
 // From so many rows on, Hopper's products, where they can be and pay.
 constexpr int kInt4Wgmma = 17;
 // From so many rows on, weights in 16 bits and cuBLAS.
-constexpr int kInt4Expand = 128;
+constexpr int kInt4Expand = 128, kInt4ExpandOffsets = 65;
 
 // Tensor cores, for __half and __nv_bfloat16; one unit of int4_mma.cu each.
 template <class T>
 void launch_int4_mma(const Int4Params& p, cudaStream_t stream);
+template <class T>
+void launch_int8_mma(const Int4Params& p, cudaStream_t stream);  // of 8 bits; int8_mma.cu
 // Hopper's, for many rows: false where it cannot. `like`: a tensor on the device. Units of int4_wgmma.cu.
 template <class T>
 bool launch_int4_wgmma(const Int4Params& p, const Tensor& like, cudaStream_t stream);

@@ -1,51 +1,73 @@
 // units: PAGEDKV_HEAD_DIM=32,64,96,128,192,256
-// Launchers of paged_decode.cuh for one bucket of head_dim: two query types times three cache types.
+// Launchers of paged_decode.cuh and paged_decode_quantized.cuh for one bucket of head_dim: two query types times three
+// cache types.
 #include <array>
-#include <atomic>
+#include <mutex>
 
-#include "paged_decode.cuh"
+#include "paged_decode_quantized.cuh"
 
 namespace pagedkv {
 namespace {
 
 struct Launch {
-  int warps = 0, ctas = 0;  // ctas: as many as the device runs at once
+  int warps, bytes;
+  Teams teams;
 };
 
-// As many warps as shared memory allows; asked of the driver once a device.
-template <class T, KVType kKV, int kDim>
-Launch decode_launch() {
-  static std::array<std::atomic<int64_t>, 64> known;  // warps << 32 | ctas; racing threads store the same
-  using L = DecodeLayout<kKV, kDim>;
+// As many warps as shared memory allows; asked of the driver once a device. L: the layout.
+template <auto kKernel, class L>
+const Launch& decode_launch() {
+  static std::array<Launch, 64> known;
+  static std::array<std::once_flag, 64> once;
   const Device& device = current_device();
-  if (const int64_t found = known[device.index]) return {int(found >> 32), int(found & 0xffffffff)};
-  Launch launch{kDecodeWarps, 0};
-  while (launch.warps > 1 && L::bytes(launch.warps) > device.smem_per_block) --launch.warps;
-  const auto kernel = paged_decode_kernel<T, kKV, kDim>;
-  const int bytes = L::bytes(launch.warps);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&launch.ctas, kernel, 32 * launch.warps, bytes));
-  launch.ctas = std::max(1, launch.ctas) * device.sms;
-  known[device.index] = int64_t(launch.warps) << 32 | launch.ctas;
-  return launch;
+  std::call_once(once[device.index], [&] {
+    Launch& launch = known[device.index];
+    launch.warps = L::kWarps;
+    while (launch.warps > 1 && L::bytes(launch.warps) > device.smem_per_block) --launch.warps;
+    launch.bytes = L::bytes(launch.warps);
+    int ctas = 0;  // of a multiprocessor
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes(launch.warps)));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kKernel, 32 * launch.warps, launch.bytes));
+    launch.teams[0] = std::max(1, ctas) * device.sms;
+    count_teams(kKernel, 32 * launch.warps, launch.bytes, launch.teams);
+  });
+  return known[device.index];
 }
 
-template <class T, KVType kKV, int kDim>
-void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
-  constexpr int kElement = DecodeLayout<kKV, kDim>::kElement;
-  const Launch config = decode_launch<T, kKV, kDim>();
+// `element`: bytes of a stored number.
+template <auto kKernel, class L, int kDim>
+void launch(const AttentionParams& p, int element, int num_splits, const Tensor& like, cudaStream_t stream) {
+  const Launch& config = decode_launch<kKernel, L>();
   auto aligned = [](const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
   auto wide = [&](const void* rows, int64_t block, int64_t token, int64_t head) {
-    return aligned(rows, 16) && (block | token | head) * kElement % 16 == 0;
+    return aligned(rows, 16) && (block | token | head) * element % 16 == 0;
   };
   DecodeAccess access;
   access.query_pairs = aligned(p.q, 4) && (p.q_stride_t | p.q_stride_h) % 2 == 0;
-  access.wide = p.head_dim * kElement % 16 == 0 && wide(p.k, p.k_stride_block, p.k_stride_t, p.k_stride_h) &&
+  access.wide = p.head_dim * element % 16 == 0 && wide(p.k, p.k_stride_block, p.k_stride_t, p.k_stride_h) &&
                 wide(p.v, p.v_stride_block, p.v_stride_t, p.v_stride_h);
   Plan plan;
-  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.ctas, like, plan);
-  launch_planned(paged_decode_kernel<T, kKV, kDim>, plan, 32 * config.warps,
-                 DecodeLayout<kKV, kDim>::bytes(config.warps), stream, p, plan, access);
+  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.teams, like, plan);
+  access.by_step = Divisor(16 * config.warps << plan.team_shift);
+  launch_planned(kKernel, plan, 32 * config.warps, config.bytes, stream, p, plan, access);
+}
+
+template <class T, KVType kKV, int kDim, int kTiles, bool kMany>
+void launch_quantized(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
+  constexpr auto kKernel = paged_decode_quantized_kernel<T, kKV, kDim, kTiles, kMany>;
+  launch<kKernel, QuantizedLayout<kDim, kTiles, kMany>, kDim>(p, 1, num_splits, like, stream);
+}
+template <class T, KVType kKV, int kDim>
+void launch_quantized(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
+  using L = QuantizedLayout<kDim, 1, false>;
+  const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
+  if (rows > 8) return launch_quantized<T, kKV, kDim, 2, false>(p, num_splits, like, stream);
+  if constexpr (L::kFits) {
+    // More items than CTAs with deep pipelines: each has several, and others must work while it starts one.
+    if (int64_t(p.num_seqs) * p.num_kv_heads > L::kResident * current_device().sms)
+      return launch_quantized<T, kKV, kDim, 1, true>(p, num_splits, like, stream);
+  }
+  launch_quantized<T, kKV, kDim, 1, false>(p, num_splits, like, stream);
 }
 
 }  // namespace
@@ -54,11 +76,11 @@ template <class T, int kDim>
 void launch_decode_dim(const AttentionParams& p, KVType kv, int num_splits, const Tensor& like, cudaStream_t stream) {
   switch (kv) {
     case KVType::kSame:
-      return launch<T, KVType::kSame, kDim>(p, num_splits, like, stream);
+      return launch<paged_decode_kernel<T, kDim>, DecodeLayout<kDim>, kDim>(p, 2, num_splits, like, stream);
     case KVType::kInt8:
-      return launch<T, KVType::kInt8, kDim>(p, num_splits, like, stream);
+      return launch_quantized<T, KVType::kInt8, kDim>(p, num_splits, like, stream);
     case KVType::kFp8:
-      return launch<T, KVType::kFp8, kDim>(p, num_splits, like, stream);
+      return launch_quantized<T, KVType::kFp8, kDim>(p, num_splits, like, stream);
   }
 }
 

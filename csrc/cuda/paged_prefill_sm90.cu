@@ -100,15 +100,11 @@ bool launch_sm90(const Params& p, ScalarType dtype, KVType kv, cudaStream_t stre
     return false;
   sm90::Call call{p};
   if (!describe(call)) return false;
-  // Two bounds on the row tiles of a KV head: sequences own disjoint rows, and none has more than max_query_len tokens
-  const int64_t tiles =
-      std::min(int64_t(a.num_tokens) * p.group / kRows + a.num_seqs, int64_t(a.num_seqs) * p.row_tiles);
-  const unsigned grid = unsigned(std::min<int64_t>(tiles * a.num_kv_heads, current_device().sms));
   auto launch = [&]<class T>(T) {
     const auto bucket = a.head_dim <= 64    ? sm90::launch_bucket<T, 64>
                         : a.head_dim <= 128 ? sm90::launch_bucket<T, 128>
                                             : sm90::launch_bucket<T, 256>;
-    bucket(call, grid, stream);
+    bucket(call, current_device().sms, stream);
   };
   if (dtype == ScalarType::Half)
     launch(__half{});

@@ -30,9 +30,14 @@ __device__ __forceinline__ uint32_t swizzle128(int row, int chunk) {
 //     make a block; the leading offset is not used (1 by convention).
 //   rows = k, columns = n ("MN-major", trans-b): a step of 16 in k is two patterns further; the leading offset is from
 //     64 columns to the next 64, the size of a block.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes) {
-  const uint32_t low = ((address & 0x3ffff) >> 4) | (leading_bytes >> 4) << 16;
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t address, uint32_t leading_bytes) {
+  return ((address & 0x3ffff) >> 4) | (leading_bytes >> 4) << 16;
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t low) {  // the other half is always the same
   return uint64_t((kAtomBytes >> 4) | 1u << 30) << 32 | low;
+}
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading_bytes) {
+  return descriptor(descriptor_low(address, leading_bytes));
 }
 
 // A ring of stages: which one, and the parity of its barriers in this round.
@@ -43,6 +48,18 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++index == kStages) index = 0, parity ^= 1;
   }
+};
+
+// The same for a power of two, in one register.
+template <int kStages>
+class Count {
+  static_assert((kStages & (kStages - 1)) == 0);
+  uint32_t count_ = 0;
+
+ public:
+  __device__ __forceinline__ int index() const { return int(count_ % kStages); }
+  __device__ __forceinline__ uint32_t parity() const { return count_ / kStages & 1; }
+  __device__ __forceinline__ void advance() { ++count_; }
 };
 
 }  // namespace pagedkv::wgmma

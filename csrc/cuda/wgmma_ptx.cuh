@@ -139,6 +139,21 @@ __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// shared memory -------------------------------------------------------------------------------------------------------
+
+// A pointer to shared memory that the compiler keeps: it would rather work it out again each time, which takes a
+// special register.
+__device__ __forceinline__ unsigned char* keep(unsigned char* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+// Not moved, and not done by other threads than asked for it.
+__device__ __forceinline__ int load_shared(const int& from) {
+  int x;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(x) : "r"(smem_address(&from)) : "memory");
+  return x;
+}
+
 // barriers ------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint64_t& barrier, int arrivals) {

@@ -46,9 +46,9 @@ template <> void prefill::launch_bucket<{type}, {small}>(const prefill::Params& 
 }}
 """
 SMALLER_SM90_BUCKET = """
-template <> void prefill::sm90::launch_bucket<{type}, {small}>(const prefill::sm90::Call& call, unsigned grid,
+template <> void prefill::sm90::launch_bucket<{type}, {small}>(const prefill::sm90::Call& call, int sms,
                                                               cudaStream_t stream) {{
-  prefill::sm90::launch_bucket<{type}, {large}>(call, grid, stream);
+  prefill::sm90::launch_bucket<{type}, {large}>(call, sms, stream);
 }}
 """
 

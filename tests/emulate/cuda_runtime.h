@@ -65,13 +65,14 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrClusterLaunch
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
   int ptxVersion;
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
 enum cudaMemcpyKind { cudaMemcpyDefault };
 struct cudaPointerAttributes {
@@ -119,11 +120,12 @@ struct DeviceGuard {
 
 }  // namespace emulate
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization, cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
+    uint3 clusterDim;  // kernels compiled for this device have no clusters
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -167,9 +169,39 @@ template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int, size_t) {
   return *blocks = 2, cudaSuccess;
 }
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t*) {
+  return *clusters = 0, cudaSuccess;
+}
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   *a = {cudaMemoryTypeHost, const_cast<void*>(p)};
   return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = malloc(bytes), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
+  return memset(memory, byte, bytes), cudaSuccess;
+}
+
+// one stream, never captured
+enum { cudaStreamNonBlocking = 1, cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+using cudaGraph_t = void*;
+using cudaUserObject_t = void*;
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) { return *id = 0, cudaSuccess; }
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*,
+                                            cudaGraph_t*, const void**, size_t*) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, void (*)(void*), unsigned, unsigned) {
+  return cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
+  return cudaErrorInvalidValue;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return memcpy(to, from, bytes), cudaSuccess;
@@ -286,6 +318,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulate::ballot("__ballot_sync", mask, vote); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline bool __all_sync(unsigned mask, bool vote) { return emulate::ballot("__all_sync", mask, vote) == mask; }
 inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any_sync", mask, vote) != 0; }
 
 // ---- memory ---------------------------------------------------------------------------------------------------------
@@ -323,6 +356,10 @@ inline size_t __cvta_generic_to_shared(const void* p) { return emulate::shared_a
 template <class T>
 T __ldg(const T* p) {
   return *p;
+}
+template <class T>
+void __stcg(T* p, T x) {
+  *p = x;
 }
 template <class T>
 T __ldcs(const T* p) {
@@ -404,12 +441,21 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
 }
 
+inline void tanh_approx_f32(float& y, float x) { y = approximate(tanhf(x), 1 << 12); }
 inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w,
                                                        const uint4* p) {
   const uint4 loaded = __ldg(p);
   x = loaded.x, y = loaded.y, z = loaded.z, w = loaded.w;
 }
 inline void atom_acq_rel_gpu_global_add_s32(int& before, int* at, int x) { before = *at, *at += x; }
+template <class T>
+void mov_b32(T& to, T from) {
+  to = from;
+}
+template <class T>
+void mov_b64(T& to, T from) {
+  to = from;
+}
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
 inline void prefetch_global_L2(const volatile void*) {}
@@ -424,12 +470,27 @@ inline void cp_async_cg_shared_global(uint32_t target, const void* source, int s
   if (size != 16) fail("cp.async.cg of %d bytes: only 16 exist", size);
   cp_async(target, source, size, bytes);
 }
-inline void cp_async_cg_shared_global_L2_128B(uint32_t target, const void* source, int size) {
+inline void createpolicy_fractional_L2_evict_first_b64(uint64_t& policy, int, int) { policy = 1; }
+inline void cp_async_cg_shared_global_L2_cache_hint_L2_128B(uint32_t target, const void* source, int size,
+                                                            uint64_t policy) {
+  if (policy != 1) fail("cp.async with a cache hint that is no policy");
   cp_async_cg_shared_global(target, source, size, size);
+}
+inline void cp_async_cg_shared_global_L2_cache_hint_L2_128B(uint32_t target, const void* source, int size, int bytes,
+                                                            uint64_t policy) {
+  if (policy != 1) fail("cp.async with a cache hint that is no policy");
+  cp_async_cg_shared_global(target, source, size, bytes);
+}
+inline void cp_async_cg_shared_global_L2_cache_hint_L2_64B(uint32_t target, const void* source, int size, int bytes,
+                                                           uint64_t policy) {
+  cp_async_cg_shared_global_L2_cache_hint_L2_128B(target, source, size, bytes, policy);
 }
 inline void cp_async_ca_shared_global(uint32_t target, const void* source, int size, int bytes) {
   if (size != 4 && size != 8 && size != 16) fail("cp.async.ca of %d bytes: only 4, 8 and 16 exist", size);
   cp_async(target, source, size, bytes);
+}
+inline void cp_async_ca_shared_global_L2_128B(uint32_t target, const void* source, int size, int bytes) {
+  cp_async_ca_shared_global(target, source, size, bytes);
 }
 void cp_async_commit_group();
 void cp_async_wait_group(int pending);
@@ -442,6 +503,14 @@ inline void ldmatrix_sync_aligned_m8n8_x4_shared_b16(uint32_t& a, uint32_t& b, u
 inline void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d,
                                                            uint32_t address) {
   ldmatrix({&a, &b, &c, &d}, address, true);
+}
+
+inline void movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& transposed, uint32_t pair) {
+  const int row = int(threadIdx.x) % 32 / 4, column = int(threadIdx.x) % 4 * 2;  // of the result
+  uint32_t found[2];
+  for (int i = 0; i < 2; ++i)
+    found[i] = __shfl_sync(0xffffffffu, pair, 4 * (column + i) + row / 2) >> row % 2 * 16 & 0xffff;
+  transposed = found[0] | found[1] << 16;
 }
 
 // d = a b + c, one lane's fragments of m16n8k16
@@ -462,5 +531,19 @@ void mma_bfloat16(Mma& lane);
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32, mma_half)
 EMULATE_MMA(mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32, mma_bfloat16)
 #undef EMULATE_MMA
+
+// d += a b, one lane's fragments of m16n8k32 in 8 bits
+struct MmaInt8 {
+  int d[4];
+  uint32_t a[4], b[2];
+};
+void mma_int8(MmaInt8& lane);
+inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(int& d0, int& d1, int& d2, int& d3, uint32_t a0,
+                                                            uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                                            uint32_t b1, int c0, int c1, int c2, int c3) {
+  MmaInt8 m{{c0, c1, c2, c3}, {a0, a1, a2, a3}, {b0, b1}};
+  mma_int8(m);
+  d0 = m.d[0], d1 = m.d[1], d2 = m.d[2], d3 = m.d[3];
+}
 
 }  // namespace emulate::ptx

@@ -513,6 +513,25 @@ void multiply(void* const (&lanes)[kWarp]) {
     for (int e = 0; e < 4; ++e) static_cast<Mma*>(lanes[l])->d[e] = c[l / 4 + e / 2 * 8][l % 4 * 2 + e % 2];
 }
 
+// As above, with four neighbours along k in a register: a[i]: row g + 8 (i % 2), k = 4 t + 16 (i / 2); b[i]: column g,
+// k = 4 t + 16 i.
+void multiply_int8(void* const (&lanes)[kWarp]) {
+  const auto number = [](uint32_t four, int i) { return int(int8_t(four >> 8 * i)); };
+  int a[16][32], b[32][8];
+  for (int l = 0; l < kWarp; ++l) {
+    const MmaInt8& x = *static_cast<const MmaInt8*>(lanes[l]);
+    const int g = l / 4, t = l % 4 * 4;
+    for (int i = 0; i < 4; ++i) {
+      for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][t + r / 2 * 16 + i] = number(x.a[r], i);
+      for (int r = 0; r < 2; ++r) b[t + 16 * r + i][g] = number(x.b[r], i);
+    }
+  }
+  for (int l = 0; l < kWarp; ++l)
+    for (int e = 0; e < 4; ++e)
+      for (int k = 0; k < 32; ++k)
+        static_cast<MmaInt8*>(lanes[l])->d[e] += a[l / 4 + e / 2 * 8][k] * b[k][l % 4 * 2 + e % 2];
+}
+
 }  // namespace
 
 void ldmatrix(uint32_t* const (&r)[4], uint32_t address, bool transposed) {
@@ -525,6 +544,7 @@ void ldmatrix(uint32_t* const (&r)[4], uint32_t address, bool transposed) {
 }
 
 void mma_half(Mma& lane) { collective("mma of halves", &lane, multiply<__half>); }
+void mma_int8(MmaInt8& lane) { collective("mma of int8s", &lane, multiply_int8); }
 void mma_bfloat16(Mma& lane) { collective("mma of bfloat16s", &lane, multiply<__nv_bfloat16>); }
 
 }  // namespace ptx

@@ -64,6 +64,9 @@ void give_registers() {
   emulate::set_registers(kRegisters);
 }
 
+inline unsigned char* keep(unsigned char* p) { return p; }
+inline int load_shared(const int& from) { return from; }
+
 inline void barrier_init(uint64_t& barrier, int arrivals) { emulate::mbarrier_init(barrier, arrivals); }
 inline void barrier_arrive(uint64_t& barrier) { emulate::mbarrier_arrive(barrier); }
 inline void barrier_arrive_expecting(uint64_t& barrier, int bytes) {

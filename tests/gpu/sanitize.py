@@ -162,6 +162,9 @@ def attention_samples(device: str) -> Iterator[Sample]:
             yield "paged_attention", args, kwargs
             yield "paged_attention_v2", args, {**kwargs, "num_splits": 2}
         yield "flash_attention", *make.dense(PREFILL, 64, dtype, **features)
+    for dtype, d in ((torch.float16, 64), (torch.bfloat16, 128)):  # enough rows for 192 at a time
+        for features in ({}, FEATURES[-1]):
+            yield "paged_attention", *make.paged(([96, 5], [200, 9]), d, dtype, dtype, heads=(140, 70), **features)
     for dtype, d in itertools.product(FLOATS, (64, 256)):
         for groups in (((3, 48), (2, 16)), ((34, 160), (1, 16))):  # by the decode kernel, by the prefill kernel
             own = [1 + 17 * s % 50 for s in range(sum(n for n, _ in groups) + 1)]
@@ -212,6 +215,9 @@ def samples(device: str) -> Iterator[Sample]:
         sums = new.normal(3, n, scale=1e4)
         args = (new.normal(3).abs(), factor, new.normal(n, dtype=dtype), dtype)
         yield "dequantize_sums", (sums if stored == torch.int8 else sums.int(), *args), {}
+        q, w = (new.normal(rows, 16 * (n // 16) + n % 2, scale=20).to(stored) for rows in (11, 45))
+        scales, bias = (new.normal(11).abs(), new.normal(45).abs()), new.normal(45, dtype=dtype)
+        yield "scaled_linear", (q, scales[0], w, scales[1], bias, dtype), {}
     if device == "cuda":  # the host tier
         mapping = torch.tensor([[0, 4], [2, 1]])
         yield "swap_blocks", (torch.randn(3, 8, 4).pin_memory(), new.normal(5, 8, 4), mapping), {}

@@ -177,6 +177,8 @@ def samples(device: str) -> Iterator[Sample]:
             scales = new.normal(3, 2).abs(), new.normal(41 - i).abs()
             bias = new.normal(41 - i, dtype=dtype) if i else None
             yield "dequantize_sums", (sums if i else sums.int(), *scales, bias, dtype), {}
+            eight = [new.normal(*size, scale=9).to(stored) for size in ((3, 2, 40 + 8 * i), (41 - i, 40 + 8 * i))]
+            yield "scaled_linear", (eight[0], scales[0], eight[1], scales[1], bias, dtype), {}
         yield "argmax", (new.normal(3, 70, dtype=dtype),), {}
         seeds, offsets = new.vector([1, 2, -3], torch.int64), new.vector([0, 2**40, 7], torch.int64)
         parameters = {

@@ -100,6 +100,39 @@ def test_block_sizes_and_cache_dtypes(device: str, block_size: int, cache_dtype:
         check_all(paged(device, (300, 128, 5), (40, 128, 1), **options))
 
 
+@pytest.mark.parametrize("cache_dtype", QUANTIZED)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_head_dims_of_8_bit_caches(device: str, d: int, cache_dtype: torch.dtype) -> None:
+    """Up to 8 rows a KV head and up to 16 of them, keys enough for each warp to have several blocks."""
+    for dtype in FLOATS:
+        for query_lens, heads in ((None, 2), (None, 14), ((3, 1, 2), 8)):
+            check_all(paged(device, (450, 1, 97), query_lens, heads=heads, d=d, dtype=dtype, cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize("cache_dtype", QUANTIZED)
+@pytest.mark.parametrize("way", ["rising", "falling", "signs", "zeros"])
+def test_8_bit_scales_of_any_size(device: str, way: str, cache_dtype: torch.dtype) -> None:
+    """Scales that change along the sequence, so that maxima move late, soon or never; a query whose sum is large."""
+    for dtype in (torch.float16, torch.bfloat16):
+        p = paged(device, (700, 40), dtype=dtype, d=128, heads=8, cache_dtype=cache_dtype)
+        p = p.replace(query=p.query.abs())
+        assert p.k_scale is not None and p.v_scale is not None
+        for s, length in enumerate(p.seq_lens.tolist()):
+            at = torch.arange(length, device=device)
+            slots = (p.block_tables[s].long()[at // 16], at % 16)
+            rising = torch.logspace(-4, 0.5, length, device=device)[:, None]
+            factor = {
+                "rising": rising,
+                "falling": rising.flip(0),
+                "signs": 1.0 - 2.0 * (at % 3 == 1)[:, None],
+                "zeros": (at >= length - 3).float()[:, None],
+            }[way]
+            if way != "zeros":
+                p.k_scale[slots] *= factor
+            p.v_scale[slots] *= factor
+        check_all(p)
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (9, 3), (8, 2), (7, 1), (14, 2), (8, 1), (20, 1), (71, 1)])
 def test_grouped_heads(device: str, heads: int, kv_heads: int) -> None:
     """GQA groups of 1, 3, 4, 7 and 8, and MQA up to Falcon's 71."""
@@ -133,6 +166,16 @@ def test_features(device: str, options: dict[str, Any]) -> None:
             check_all(paged(device, (290, 170, 2), lens, dtype=dtype, heads=6, **options).replace(**changes))
         check_dense(dense(device, (290, 2), (40, 2), dtype=dtype, heads=6, **options).replace(**changes))
     check_all(paged(device, (290, 170, 2), dtype=torch.float16, cache_dtype=torch.int8, **options).replace(**changes))
+
+
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
+@pytest.mark.parametrize("d", [64, 128])
+def test_many_heads(device: str, d: int, softcap: float) -> None:
+    """More work than a device has processors for. Logits need not be as exact as float32 without an lse."""
+    for dtype in (torch.float16, torch.bfloat16):
+        p = paged(device, (200, 9), (96, 5), d=d, dtype=dtype, heads=140, kv_heads=70, softcap=softcap)
+        check(p, p.run())
+        assert_accurate(p.replace(return_lse=False).run()[0], p.stock()[0], p.exact()[0])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -461,6 +504,35 @@ def test_public_functions(device: str) -> None:
         ops.flash_attention(q, k, v, cu_seqlens_q=lens[0])
     with pytest.raises(ValueError, match="max_query_len"):
         ops.flash_attention(q[0], k[0], v[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(((1000,), 32, 8, 128, {}), id="alone"),
+        pytest.param(((2000,), 9, 3, 64, {}), id="alone-few-heads"),
+        pytest.param(((1700,), 40, 1, 64, {}), id="alone-row-tiles"),
+        pytest.param(((9001,), 28, 4, 128, {}), id="alone-long"),
+        pytest.param(((70001,), 16, 2, 64, {}), id="alone-longer"),
+        pytest.param(((9001,), 8, 2, 256, {"sliding_window": 777}), id="alone-window"),
+        pytest.param(((512,) * 8, 9, 3, 64, {}), id="few-equal"),
+        pytest.param(((640,) * 32, 48, 1, 64, {}), id="equal-row-tiles"),
+        pytest.param(((130,) * 33, 32, 32, 64, {"softcap": 20.0}), id="many-equal"),
+        pytest.param(((333,) * 33, 32, 32, 128, {"sliding_window": 100}), id="many-equal-window"),
+        pytest.param((tuple(1 + 37 * (i % 5) for i in range(80)) + (9000, 0, 4000), 8, 4, 128, {}), id="ragged"),
+    ],
+)
+def test_each_way_to_share_the_work(shape: Any, cache_dtype: torch.dtype | None) -> None:
+    """A sequence alone, equal ones, few and many, short beside long: accurate, and the same bits each time."""
+    lens, heads, kv_heads, d, options = shape
+    kind: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "d": d, "dtype": torch.bfloat16, **options}
+    problem = paged("cuda", lens, cache_dtype=cache_dtype, **kind)
+    first = problem.run()
+    check(problem, first)
+    for _ in range(20):
+        assert all(map(same_bits, problem.run(), first))
 
 
 @pytest.mark.gpu

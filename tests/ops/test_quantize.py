@@ -109,6 +109,42 @@ def test_sums(device, rows, n, whole, dtype, with_bias, seed) -> None:
     assert_as_accurate(got, stock.to(dtype), exact)
 
 
+@relaxed
+@given(
+    rows=st.sampled_from([0, 1, 2, 7, 8, 9, 17, 40]),
+    n=st.sampled_from([0, 1, 15, 16, 40, 257]),
+    k=st.sampled_from([0, 1, 8, 16, 144, 1000, 4096, 16400]),
+    stored=st.sampled_from(QUANTIZED),
+    dtype=st.sampled_from(FLOATS),
+    with_bias=st.booleans(),
+    step=st.sampled_from([0, 1, 16]),
+    seed=st.integers(0, 99),
+)
+def test_few_products(device, rows, n, k, stored, dtype, with_bias, step, seed) -> None:
+    """Whole numbers: the bits of `dequantize_sums` of exact sums; float8: float32's error. NaN beside what is read."""
+    new = Inputs(device, seed)
+    x = new.normal(rows, k, scale=60).clamp(-127, 127).to(stored)
+    wide = new.normal(n, k + step, scale=60).clamp(-127, 127).to(stored)
+    if stored != torch.int8:
+        wide[:, k:] = torch.nan
+    w = wide[:, :k]
+    row, column = new.normal(rows).abs() * 0.01, new.normal(n).abs() * 0.01
+    bias = new.normal(n, dtype=dtype) if with_bias else None
+    got = ops.scaled_linear(x, row, w, column, bias, dtype=dtype)
+    assert got.is_contiguous() and got.dtype == dtype and got.shape == (rows, n)
+    assert same_bits(got, ops.scaled_linear(x, row, w, column, bias, dtype=dtype))
+    sums = x.double() @ w.double().T
+    if stored == torch.int8:
+        assert same_bits(got, ops.dequantize_sums(sums.int(), row, column, bias, dtype=dtype))
+        return
+    scale = row.double()[:, None] * column.double()
+    shift = torch.zeros_like(column) if bias is None else bias
+    exact = sums * scale + shift.double()
+    terms = x.double().abs() @ w.double().abs().T * scale + shift.double().abs()
+    info = torch.finfo(dtype)
+    assert bool(((got.double() - exact).abs() <= 1e-6 * terms + 0.51 * info.eps * (exact.abs() + info.tiny)).all())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -151,3 +187,26 @@ def test_sums_refuse(device: str, change: dict[str, Any], message: str) -> None:
         args[name] = value.to(device) if isinstance(value, Tensor) else value
     with pytest.raises(RuntimeError, match=f"dequantize_sums: {message}"):
         ops.dequantize_sums(**args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": lambda x: x.float()}, "x: got float32, needs int8 or float8_e4m3fn"),
+        ({"x": lambda x: x.T.contiguous().T}, "x: got a strided view"),
+        ({"weight": lambda w: w[:, 1:]}, r"weight: got shape \[5, 15\], needs \[N, K\]"),
+        ({"weight": lambda w: w.to(torch.float8_e4m3fn)}, "weight: got float8_e4m3fn"),
+        ({"weight": lambda w: w.T.contiguous().T}, "weight: got stride 5 in the last dimension, needs 1"),
+        ({"row_scale": lambda r: r[1:]}, r"row_scale: got shape \[2\], needs x's shape without K"),
+        ({"column_scale": lambda c: c.half()}, "column_scale: got float16, needs float32"),
+        ({"bias": lambda b: b.half()}, "bias: got float16, needs float32"),
+        ({"dtype": lambda _: torch.int8}, "dtype: got int8, needs float32, float16 or bfloat16"),
+    ],
+)
+def test_few_products_refuse(device: str, change: dict[str, Any], message: str) -> None:
+    new = Inputs(device)
+    args: dict[str, Any] = {"x": new.normal(3, 16).to(torch.int8), "weight": new.normal(5, 16).to(torch.int8)}
+    args |= {"row_scale": new.normal(3), "column_scale": new.normal(5), "bias": new.normal(5), "dtype": torch.float32}
+    args |= {name: edit(args[name]) for name, edit in change.items()}
+    with pytest.raises(RuntimeError, match=f"scaled_linear: {message}"):
+        ops.scaled_linear(**args)

@@ -260,6 +260,37 @@ def test_calibrated_on_cuda(form: str, dtype: torch.dtype, monkeypatch: pytest.M
     assert 0 < float((got - stock).norm() / stock.norm()) < (0.03 if form == "int8" else 0.1)
 
 
+@forms
+def test_another_default_dtype(form: str) -> None:
+    """What a model is loaded under does not reach the scales, which products want in float32."""
+    weight, x = torch.randn(32, 64), torch.randn(3, 64)
+    want = FORMS[form](FORMS[form].pack(weight))(x)
+    torch.set_default_dtype(torch.bfloat16)
+    layer = FORMS[form](FORMS[form].pack(weight))
+    assert {name: buffer.dtype for name, buffer in layer.named_buffers() if name in ("scales", "one")} == {
+        "scales": torch.float32,
+        "one": torch.float32,
+    }
+    assert torch.equal(layer(x), want)
+
+
+@pytest.mark.gpu
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_any_number_of_rows_on_cuda(form: str, dtype: torch.dtype) -> None:
+    """Few rows, and many in float8, take other products: the same bits in int8, else what less precise sums leave."""
+    for bias in (None, torch.randn(160, device="cuda")):
+        layer = FORMS[form](FORMS[form].pack(torch.randn(160, 96, device="cuda")), bias)
+        x = torch.randn(600, 96, device="cuda", dtype=dtype)
+        many = layer(x)
+        for rows in (1, 3, eight.FEW_ROWS, eight.FEW_ROWS + 1, 17, 100):
+            few = layer(x[:rows])
+            if form == "int8":
+                assert torch.equal(few, many[:rows])
+            else:
+                torch.testing.assert_close(few, many[:rows], rtol=0.01, atol=0.05)
+
+
 @pytest.mark.parametrize("inputs", [64, 72])
 def test_spared_weights(inputs: int) -> None:
     """To half a step of each group's, and whatever the range."""

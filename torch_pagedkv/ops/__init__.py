@@ -13,7 +13,7 @@ from .int8 import int8_dequantize, int8_linear, int8_repack
 from .linear import linear
 from .norm import add_rms_norm, layer_norm, rms_norm
 from .q4k import q4k_dequantize, q4k_linear, q4k_repack
-from .quantize import dequantize_sums, quantize_per_token
+from .quantize import dequantize_sums, quantize_per_token, scaled_linear
 from .rotary import rotary_and_cache, rotary_embedding
 from .sampling import argmax, sample
 
@@ -48,6 +48,7 @@ __all__ = [
     "rotary_and_cache",
     "rotary_embedding",
     "sample",
+    "scaled_linear",
     "silu_and_mul",
     "swap_blocks",
 ]

@@ -135,8 +135,9 @@ def int8_linear(
 ) -> Tensor:
     """activation(x W^T + bias) + residual for a packed 8-bit W.
 
-    Products of x with the whole numbers q are summed in float32 over inputs of one group, and then scaled. Rows of one
-    x do not depend on each other, and equal calls give equal bits.
+    Products of x with the whole numbers q are summed in float32 over inputs of one group, and then scaled; a GPU with
+    more than 64 rows (16 in float32) rounds the weights to x's dtype first. Rows of one x do not depend on each other,
+    and equal calls give equal bits.
 
     Args:
         x: [..., in_features], float32, float16 or bfloat16, finite, any strides (copied unless unit in the last
