@@ -240,7 +240,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     ("swap_blocks", L3, swap, GPU, [
         {"pairs": 256, "to_host": to, "adjacent": adjacent} for to in (True, False) for adjacent in (False, True)
     ]),
-    ("swap_blocks", L3, swap_both_ways, GPU, [{"pairs": 1024}, {"pairs": 1024, "computing": True}]),
+    ("swap_blocks", L3, swap_both_ways, GPU, [
+        {"pairs": 1024} | more
+        for more in ({}, {"computing": True}, {"adjacent": True}, {"computing": True, "adjacent": True})
+    ]),
     ("swap_blocks", SMOL, swap, BOTH, [{"pairs": 64, "to_host": True}]),
     *[("argmax" if mode == "argmax" else "sample", model, sampling, devices, [{"rows": n, "mode": mode} for n in sizes])
       for mode in ("argmax", "temperature", "top-k, top-p", "min-p")

@@ -521,7 +521,7 @@ def swapped(env: Env, model: Model, pairs: int) -> tuple[Tensor, Tensor]:
     return env.normal(*shape), there.copy_(env.normal(*shape))
 
 
-def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False) -> Problem:
+def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False, adjacent: bool = False) -> Problem:
     """swap_blocks out of one cache and into another at once, on two streams; computing: while matrix products run on a
     third. On a GPU only."""
     side, third = torch.cuda.Stream(), torch.cuda.Stream()
@@ -530,7 +530,8 @@ def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False) 
 
     def make() -> Inputs:
         a = Inputs(out=swapped(env, model, pairs), back=swapped(env, model, pairs))
-        a.mapping = torch.stack([torch.randperm(2 * pairs)[:pairs] for _ in range(2)], 1)
+        orders = [torch.arange(pairs) if adjacent else torch.randperm(2 * pairs)[:pairs] for _ in range(2)]
+        a.mapping = torch.stack(orders, 1)
         return a
 
     def call(a: Inputs) -> None:

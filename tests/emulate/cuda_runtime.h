@@ -271,6 +271,16 @@ inline unsigned ballot(const char* name, unsigned mask, bool vote) {
 }  // namespace emulate
 
 inline void __syncthreads() { emulate::block_barrier(); }
+inline int __syncthreads_count(bool vote) {
+  static int votes;  // blocks run one after another, and a block's threads too
+  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) votes = 0;
+  emulate::block_barrier();
+  votes += vote;
+  emulate::block_barrier();
+  const int all = votes;
+  emulate::block_barrier();
+  return all;
+}
 inline void __syncwarp() {
   emulate::collective("__syncwarp", nullptr, [](void* const(&)[emulate::kWarp]) {});
 }
@@ -299,6 +309,10 @@ inline int __reduce_add_sync(unsigned mask, int x) {
   return x;
 }
 inline int __reduce_max_sync(unsigned mask, int x) {
+  for (int d = emulate::kWarp / 2; d > 0; d /= 2) x = std::max(x, __shfl_xor_sync(mask, x, d));
+  return x;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   for (int d = emulate::kWarp / 2; d > 0; d /= 2) x = std::max(x, __shfl_xor_sync(mask, x, d));
   return x;
 }
