@@ -1,5 +1,5 @@
 // The random stream of `sample`: Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011)
-// and the exponential variates made from it, for the CUDA kernels. The CPU kernels draw the same words with vectors
+// and the exponential variates made from it. The CPU kernels draw the words of entries with vectors
 // (csrc/cpu/rows.inl); torch_pagedkv/ops/sampling.py holds the specification and the reference.
 #pragma once
 
@@ -13,7 +13,8 @@
 
 namespace pagedkv {
 
-// One row's stream: words 4 g .. 4 g + 3 of (seed, offset) are philox4(stream, g).
+// One row's stream: words 4 g .. 4 g + 3 of (seed, offset) are philox4(stream, g), and those of its groups
+// philox4(stream, g, 1).
 struct PhiloxStream {
   uint32_t seed_lo, seed_hi, offset_lo, offset_hi;
 };
@@ -40,9 +41,9 @@ PAGEDKV_PHILOX uint64_t philox_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Philox4x32-10 of counter (group, 0, offset_lo, offset_hi) under key (seed_lo, seed_hi).
-PAGEDKV_PHILOX PhiloxWords philox4(const PhiloxStream& stream, uint32_t group) {
-  uint32_t c0 = group, c1 = 0, c2 = stream.offset_lo, c3 = stream.offset_hi;
+// Philox4x32-10 of counter (block, heat, offset_lo, offset_hi) under key (seed_lo, seed_hi).
+PAGEDKV_PHILOX PhiloxWords philox4(const PhiloxStream& stream, uint32_t block, uint32_t heat = 0) {
+  uint32_t c0 = block, c1 = heat, c2 = stream.offset_lo, c3 = stream.offset_hi;
   uint32_t k0 = stream.seed_lo, k1 = stream.seed_hi;
 #ifdef __CUDA_ARCH__
 #pragma unroll

@@ -132,6 +132,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         *[{"batch": b, "context": n, "page": 64} for b, n in ((1, 8192), (32, 2048), (32, 8192))],
         *[{"batch": 32, "context": n, "kv": kv} for kv in KV_DTYPES for n in (2048, 4096, 8192)],
         {"batch": 64, "context": 2048, "lognormal": True, "kv": "int8"},
+        *[{"batch": b, "context": n, "batch_invariant": True} for b, n in (
+            (1, 1024), (1, 8192), (1, 32768), (32, 2048), (32, 8192), (128, 1024)
+        )],
+        {"batch": 64, "context": 2048, "lognormal": True, "batch_invariant": True},
     ]),
     ("paged_attention", L2, paged, GPU, [
         *[{"batch": 32, "context": n} for n in (128, 512, 2048)], {"batch": 32, "context": 2048, "kv": "int8"},
@@ -166,7 +170,8 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         {"batch": 1, "context": 8192, "query": 8192, "window": 4096, "softcap": 50.0},
     ]),
     ("paged_attention", L3, paged, CPU, [
-        {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
+        {"batch": 1, "context": 1024}, {"batch": 4, "context": 1024, "batch_invariant": True},
+        {"batch": 4, "context": 1024}, {"batch": 1, "context": 256, "query": 256},
     ]),
     *[("paged_attention", m, paged, CPU, [{"batch": 1, "context": 1024}]) for m in (L2, QWEN, QWEN3, GEMMA)],
     ("paged_attention", MISTRAL, paged, CPU, [{"batch": 1, "context": 1024, "window": 512}]),
@@ -235,7 +240,10 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
     ("swap_blocks", L3, swap, GPU, [
         {"pairs": 256, "to_host": to, "adjacent": adjacent} for to in (True, False) for adjacent in (False, True)
     ]),
-    ("swap_blocks", L3, swap_both_ways, GPU, [{"pairs": 1024}, {"pairs": 1024, "computing": True}]),
+    ("swap_blocks", L3, swap_both_ways, GPU, [
+        {"pairs": 1024} | more
+        for more in ({}, {"computing": True}, {"adjacent": True}, {"computing": True, "adjacent": True})
+    ]),
     ("swap_blocks", SMOL, swap, BOTH, [{"pairs": 64, "to_host": True}]),
     *[("argmax" if mode == "argmax" else "sample", model, sampling, devices, [{"rows": n, "mode": mode} for n in sizes])
       for mode in ("argmax", "temperature", "top-k, top-p", "min-p")

@@ -162,9 +162,10 @@ def paged(
     window: int = 0,
     softcap: float = 0.0,
     flex: bool = False,
+    batch_invariant: bool = False,
 ) -> Problem:
     """paged_attention: `query` tokens a sequence at the end of `context`; lognormal: that is the lengths' mean; flex:
-    beside FlexAttention, which is compiled for each row."""
+    beside FlexAttention, which is compiled for each row; batch_invariant: beside itself without."""
     lengths = lognormal_lengths(batch, context) if lognormal else [context] * batch
     lengths = [max(query, n) for n in lengths]
     needed = [-(-n // page) for n in lengths]
@@ -199,7 +200,7 @@ def paged(
         causal = query > 1 and a.mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=a.mask, is_causal=causal, enable_gqa=True)
 
-    def call(a: Inputs) -> Any:
+    def call(a: Inputs, batch_invariant: bool = batch_invariant) -> Any:
         return ops.paged_attention(
             a.query,
             a.k,
@@ -209,6 +210,7 @@ def paged(
             a.start,
             a.rows,
             max_query_len=query,
+            batch_invariant=batch_invariant,
             sliding_window=window,
             softcap=softcap,
             k_scale=a.k_scale,
@@ -230,10 +232,12 @@ def paged(
         return [out[starts[s] + first : starts[s] + end] for s, first, end in sampled_rows(lengths, rows)]
 
     peers: dict[str, Callable[[Inputs], Any]] = {}
-    if kv == "same" and not softcap:
+    if batch_invariant:
+        peers["paged_attention"] = partial(call, batch_invariant=False)
+    elif kv == "same" and not softcap:
         peers["gather + sdpa"] = lambda a: sdpa(a, *(x[:, :, :longest] for x in dense(a)))
         peers["sdpa on dense KV"] = lambda a: sdpa(a, *a.dense)
-    if kv == "same" and env.device.type == "cuda" and env.size == 2:
+    if kv == "same" and env.device.type == "cuda" and env.size == 2 and not batch_invariant:
         peers |= others.attention(
             others.Attention(heads, model.kv_heads, d, page, lengths, query, env.dtype, window, softcap), call, flex
         )
@@ -517,7 +521,7 @@ def swapped(env: Env, model: Model, pairs: int) -> tuple[Tensor, Tensor]:
     return env.normal(*shape), there.copy_(env.normal(*shape))
 
 
-def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False) -> Problem:
+def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False, adjacent: bool = False) -> Problem:
     """swap_blocks out of one cache and into another at once, on two streams; computing: while matrix products run on a
     third. On a GPU only."""
     side, third = torch.cuda.Stream(), torch.cuda.Stream()
@@ -526,7 +530,8 @@ def swap_both_ways(env: Env, model: Model, pairs: int, computing: bool = False) 
 
     def make() -> Inputs:
         a = Inputs(out=swapped(env, model, pairs), back=swapped(env, model, pairs))
-        a.mapping = torch.stack([torch.randperm(2 * pairs)[:pairs] for _ in range(2)], 1)
+        orders = [torch.arange(pairs) if adjacent else torch.randperm(2 * pairs)[:pairs] for _ in range(2)]
+        a.mapping = torch.stack(orders, 1)
         return a
 
     def call(a: Inputs) -> None:

@@ -72,6 +72,7 @@ def attend(
         out = ops.paged_attention_cascade(*paged, *groups, max_group_len=shared.max_group_len, **features)
     else:
         queries = step.query_start, step.query_len
+        features["batch_invariant"] = kv.batch_invariant
         out = ops.paged_attention(*paged, *queries, max_query_len=query.shape[2], **features)
     assert isinstance(out, Tensor)
     out = out[..., : kv.value_dim].to(query.dtype)

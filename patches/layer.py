@@ -250,7 +250,7 @@ class _Attention:
         convention = binding.convention
         assert convention is not None
         cos, sin = binding.angles(*position, batch, convention, cache.rotary_angles)
-        key_cache, value_cache, k_scale, v_scale, step, _, shared = cache.layer(self.index)
+        key_cache, value_cache, k_scale, v_scale, step, _, shared, batch_invariant = cache.layer(self.index)
         q, k, v = self.heads(x, few)
         _rotary_and_cache(
             q, k, v, cos, sin, key_cache, value_cache, step.slot_mapping, convention.interleaved, k_scale, v_scale
@@ -263,7 +263,7 @@ class _Attention:
             y, _ = _paged_attention_cascade(*paged, *groups, module.scaling, *features)
         else:
             rows = step.query_start, step.query_len, queries
-            y, _ = _paged_attention(*paged, *rows, module.scaling, True, *features)
+            y, _ = _paged_attention(*paged, *rows, module.scaling, True, *features, batch_invariant)
         return self.out(y.view(batch, queries, -1), few)
 
 

@@ -35,6 +35,8 @@ class PagedConfig:
             with one pass over those for all of them and one over the rest of each. "auto": where as many bytes are
             saved as made it pay in measurements; True: wherever a block is shared; False: never. Compiled steps do
             without.
+        batch_invariant: attention gives a sequence the same bits whatever else is in its batch, for a few per cent of
+            its speed; without `cascade`. (Matrix products may still choose their kernels by the batch's size.)
         salt: prefixes are shared only between models' calls under the same salt: set one to keep tenants apart.
         long_prompts: "error": a prompt longer than the model's positions (learned, or rotary without scaling) is a
             `ValueError` before any work. "allow": let the model run over its limit where it can, as stock
@@ -79,6 +81,7 @@ class PagedConfig:
     max_blocks: int | None = None
     prefix_caching: bool = True
     cascade: Fuse = "auto"
+    batch_invariant: bool = False
     salt: Salt = None
     long_prompts: Literal["error", "allow"] = "error"
     attention: bool = True
@@ -119,10 +122,12 @@ class PagedConfig:
         size = self.group_size
         if not isinstance(size, int) or isinstance(size, bool) or (size != -1 and (size < 1 or size % 32)):
             raise ValueError(f"group_size: got {size!r}, needs -1 or a multiple of 32")
-        for name in ("prefix_caching", "attention", "cuda_graphs", "quantize_head", "keep_original"):
+        for name in ("prefix_caching", "batch_invariant", "attention", "cuda_graphs", "quantize_head", "keep_original"):
             _one_of(name, getattr(self, name), (True, False))
         for name in ("cascade", "fuse_norm", "fuse_mlp", "fuse_rotary", "fuse_linear", "fuse_layers"):
             _one_of(name, getattr(self, name), _FUSE)
+        if self.batch_invariant and self.cascade is True:
+            raise ValueError("cascade: got True, but batch_invariant=True rules out that rows share their reads")
 
     @classmethod
     def merge(cls, config: PagedConfig | None, options: dict[str, Any]) -> PagedConfig:

@@ -2,11 +2,12 @@
 //
 // A row is copied once, divided by the temperature, together with the maximum of each chunk of 64. Top-k, top-p and
 // min-p then only raise one threshold on z, and the chunk maxima let the passes skip what cannot matter: chunks below
-// the threshold, and chunks that even the luckiest random number would not let win.
+// the threshold, and chunks, or whole groups, that even the luckiest random number would not let win.
 
 #include <cmath>
 #include <limits>
 
+#include "../philox.h"
 #include "tensors.h"
 
 namespace pagedkv {
@@ -14,6 +15,8 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kLuckiest = 22.9;  // above -log(E) at the smallest w, 2^-33
+constexpr int kGroup = 256;         // entries that race as one in the first heat
+static_assert(kGroup % kChunk == 0);
 
 // -log(E) of a random word.
 double gumbel(uint32_t word) {
@@ -46,10 +49,14 @@ class RowSampler {
       only_infinities();
     }
     keep_ = -kInf;
+    if (!(params.top_k > 0 && params.top_k < n) && !(params.top_p < 1) && !(params.min_p > 0)) {
+      const int64_t first = best_group(params) * (kGroup / kChunk);
+      return race(params, first, std::min<int64_t>(first + kGroup / kChunk, chunk_max_.size()));
+    }
     if (params.top_k > 0 && params.top_k < n) keep_ = kth_largest(params.top_k);
     if (params.top_p < 1) keep_ = top_p(params.top_p);
     if (params.min_p > 0) keep_ = std::max(keep_, float(max_ + std::log(double(params.min_p))));
-    return race(params);
+    return race(params, 0, chunk_max_.size());
   }
 
  private:
@@ -107,7 +114,28 @@ class RowSampler {
     return first->z;
   }
 
-  int64_t race(const Params& params) {
+  // The first heat's winner.
+  int64_t best_group(const Params& params) {
+    const PhiloxStream stream = philox_stream(int64_t(params.seed), int64_t(params.offset));
+    terms_.resize(kGroup);
+    double best = -std::numeric_limits<double>::infinity();
+    int64_t winner = 0;
+    for (int64_t g = 0, chunk = 0, chunks = chunk_max_.size(); chunk < chunks; ++g, chunk += kGroup / kChunk) {
+      const int64_t count = std::min<int64_t>(kGroup / kChunk, chunks - chunk);
+      const float top = *std::max_element(&chunk_max_[chunk], &chunk_max_[chunk] + count);
+      if (double(top) - max_ + std::log(double(kGroup)) + kLuckiest < best || top == -kInf) continue;
+      const double mass = rows().softmax_terms(&z_[chunk * kChunk], top, -kInf, terms_.data(), count * kChunk);
+      const double score = double(top) - max_ + std::log(mass) + gumbel(philox4(stream, uint32_t(g / 4), 1).x[g % 4]);
+      if (score > best) {
+        best = score;
+        winner = g;
+      }
+    }
+    return winner;
+  }
+
+  // The winner of chunks [first, end).
+  int64_t race(const Params& params, int64_t first, int64_t end) {
     RaceChunk chunk;
     chunk.seed = params.seed;
     chunk.offset = params.offset;
@@ -128,8 +156,9 @@ class RowSampler {
       }
     };
     // The largest z first: its score rules most of the others out.
-    run(std::find(chunk_max_.begin(), chunk_max_.end(), max_) - chunk_max_.begin(), max_);
-    for (size_t c = 0; c < chunk_max_.size(); ++c)
+    const auto largest = std::max_element(&chunk_max_[first], &chunk_max_[0] + end) - &chunk_max_[0];
+    run(largest, chunk_max_[largest]);
+    for (int64_t c = first; c < end; ++c)
       if (chunk_max_[c] >= keep_ && chunk_max_[c] >= best - kLuckiest) run(c, keep_);
     return winner;
   }

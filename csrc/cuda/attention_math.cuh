@@ -45,7 +45,7 @@ __device__ __forceinline__ KeyRange visible_keys(const AttentionParams& p, int q
 __device__ __forceinline__ int block_of(const AttentionParams& p, int seq, int pos) {
   const int i = pos >> p.block_shift;
   if (i >= p.max_blocks) return -1;
-  const int block = __ldg(p.block_tables + int64_t(seq) * p.table_stride + i);
+  const int block = p.block_tables[int64_t(seq) * p.table_stride + i];
   return block >= 0 && block < p.num_blocks ? block : -1;
 }
 

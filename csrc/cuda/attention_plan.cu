@@ -1,7 +1,9 @@
-// Host side of the split-KV plan (attention_plan.cuh has the scheme), the kernel that zeroes its counters, and the fill
-// of rows that see nothing.
+// Host side of the split-KV plan (attention_plan.cuh has the scheme), its counters, and the fill of rows that see
+// nothing.
 #include <array>
 #include <mutex>
+#include <unordered_map>
+#include <vector>
 
 #include "attention_plan.cuh"
 
@@ -11,11 +13,92 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 
-// The attention kernel may start at once: it waits for this one before it counts.
-__global__ void __launch_bounds__(kThreads) zero_kernel(int* counters, int count) {
-  release_next();
-  const int i = int(blockIdx.x) * kThreads + int(threadIdx.x);
-  if (i < count) counters[i] = 0;
+// counters ------------------------------------------------------------------------------------------------------------
+//
+// Blocks of integers on a device that are 0 when a kernel starts and when it ends: whoever counts sets them back, so
+// that no kernel in front has to (a kernel of its own took 0.8 us of each call). Kernels that may run at the same time
+// need blocks of their own. Those of a stream run one after the other, and share one. A kernel in a CUDA graph has its
+// own, since the graph may run in any stream: it belongs to the graph and comes back when that is destroyed. Torch's
+// allocator would not do: what a graph's pool hands out may hold other things between two replays.
+
+constexpr int kMostTeams = 1024;  // counters of a block
+
+class Counters {
+ public:
+  int* take(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+    STD_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr));
+#else
+    STD_CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr));
+#endif
+    if (status != cudaStreamCaptureStatusActive) {
+      unsigned long long id = 0;  // unlike the handle, never used again
+      STD_CUDA_CHECK(cudaStreamGetId(stream, &id));
+      const std::lock_guard<std::mutex> lock(mutex_);
+      int*& block = of_stream_[id];
+      if (!block) block = next();
+      return block;
+    }
+    auto* const loan = new Loan{this, nullptr};
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      loan->block = next();
+    }
+    cudaUserObject_t object;
+    STD_CUDA_CHECK(cudaUserObjectCreate(&object, loan, give_back, 1, cudaUserObjectNoDestructorSync));
+    STD_CUDA_CHECK(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove));
+    return loan->block;
+  }
+
+ private:
+  struct Loan {
+    Counters* owner;
+    int* block;
+  };
+  struct Relaxed {  // while a stream is captured, a thread may not allocate otherwise
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  };
+
+  static void give_back(void* pointer) {
+    const auto* const loan = static_cast<Loan*>(pointer);
+    {
+      const std::lock_guard<std::mutex> lock(loan->owner->mutex_);
+      loan->owner->free_.push_back(loan->block);
+    }
+    delete loan;
+  }
+
+  int* next() {
+    if (free_.empty()) {
+      constexpr int kBlocks = 64;
+      constexpr size_t kBytes = size_t(kBlocks) * kMostTeams * sizeof(int);
+      const Relaxed relaxed;
+      int* memory = nullptr;
+      cudaStream_t stream;
+      STD_CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&memory), kBytes));
+      STD_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      STD_CUDA_CHECK(cudaMemsetAsync(memory, 0, kBytes, stream));
+      STD_CUDA_CHECK(cudaStreamSynchronize(stream));
+      STD_CUDA_CHECK(cudaStreamDestroy(stream));
+      for (int i = 0; i < kBlocks; ++i) free_.push_back(memory + i * kMostTeams);
+    }
+    int* const block = free_.back();
+    free_.pop_back();
+    return block;
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<unsigned long long, int*> of_stream_;
+  std::vector<int*> free_;
+};
+
+int* take_counters(cudaStream_t stream) {
+  static auto& of_device = *new std::array<Counters, 64>;  // never destroyed: graphs may outlive static objects
+  return of_device[current_device().index].take(stream);
 }
 
 __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ AttentionParams p, int out_size) {
@@ -41,14 +124,14 @@ const Device& current_device() {
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&d.sms, cudaDevAttrMultiProcessorCount, index));
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&d.smem_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
     cudaFuncAttributes compiled;  // for an architecture that may be older than the device
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, zero_kernel));
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&compiled, fill_kernel));
     d.overlap = compiled.ptxVersion >= 90;
     devices[index] = d;
   });
   return devices[index];
 }
 
-Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, const Tensor& like, Plan& plan) {
+Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams& most, const Tensor& like, Plan& plan) {
   plan.group = p.num_heads / p.num_kv_heads;
   plan.by_group = Divisor(plan.group);
   const int64_t most_rows = std::min<int64_t>(p.max_query_len, p.num_tokens) * plan.group;
@@ -74,6 +157,7 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, co
 
   plan.invariant = num_splits == kInvariant;
   plan.fill = !p.filled;
+  plan.solo = num_splits == 0 && plan.sequence_items == p.num_kv_heads;
   plan.splits = int(std::min<int64_t>(num_splits, std::max<int64_t>(1, blocks())));  // more would be empty
   plan.max_parts = plan.splits;
   if (plan.invariant) {
@@ -83,21 +167,20 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, co
     plan.max_parts = 1 << std::max(0, log_blocks - std::max(0, invariant_shift(log_blocks, plan.key_shift)));
     plan.sequence_items = p.num_kv_heads;  // the others have one partition
   }
-  plan.sms = current_device().sms;
-  plan.ctas = int(std::clamp<int64_t>(items * blocks(), 1, ctas));
+  plan.team_shift = 0;
+  if (plan.splits == 0 && p.num_seqs == 1) {
+    const int shift = blocks() <= kFewBlocks ? 4 : blocks() <= kManyBlocks ? 2 : 0;
+    if (items > 0 && items <= most[shift]) plan.team_shift = shift;
+  }
+  plan.least_teams = plan.team_shift > 0 ? int(items) : current_device().sms;
+  plan.full_shift = kFullShift + plan.team_shift;
+  plan.teams = int(std::clamp<int64_t>(items * blocks(), 1, std::min(most[plan.team_shift], kMostTeams)));
   const int64_t split_items = int64_t(p.num_seqs) * plan.sequence_items;
-  const int64_t slots = plan.splits > 1 ? split_items * plan.max_parts : 2 * int64_t(plan.ctas);
-  plan.counters = int(plan.splits == 0 ? plan.ctas : plan.splits == 1 ? 0 : split_items);
-  const int64_t counter_floats = (plan.counters + 63) / 64 * 64;
-  Tensor workspace = torch::stable::new_empty(like, {counter_floats + slots * plan.rows * dim}, ScalarType::Float);
-  plan.partials = workspace.mutable_data_ptr<float>() + counter_floats;
-  plan.arrived = static_cast<int*>(workspace.mutable_data_ptr());
+  const int64_t slots = plan.splits > 1 ? split_items * plan.max_parts : 2 * int64_t(plan.teams);
+  Tensor workspace = torch::stable::new_empty(like, {slots * plan.rows * dim}, ScalarType::Float);
+  plan.partials = workspace.mutable_data_ptr<float>();
+  plan.arrived = plan.splits == 1 ? nullptr : take_counters(current_stream(like));
   return workspace;
-}
-
-void launch_zero(const Plan& plan, cudaStream_t stream) {
-  zero_kernel<<<(plan.counters + kThreads - 1) / kThreads, kThreads, 0, stream>>>(plan.arrived, plan.counters);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 void launch_fill(const AttentionParams& p, int out_size, cudaStream_t stream) {

@@ -3,32 +3,46 @@
 // An item is (sequence, KV head, tile of kRowTile query rows), where the rows of a KV head are its (token, head in the
 // GQA group) pairs, token-major. Its keys are counted in blocks of 16 (or 16 << n, where 28 bits would not hold all).
 // All blocks of the batch form one line, ordered by sequence, head, row tile, key. The line is cut into one even
-// stretch for each CTA of a fixed grid, which goes through it in runs, each within one item. A run that is a whole item
-// gives the item's result; the others are parts and go to the workspace.
+// stretch for each team, which goes through it in runs, each within one item. A run that is a whole item gives the
+// item's result; the others are parts and go to the workspace.
+//
+// A team is a cluster of CTAs (sm_90 and later, planned mode), otherwise one CTA. Its warps take the blocks of a run in
+// turn. What they have of it is merged in each CTA and then through distributed shared memory, each CTA merging its
+// share of the rows. The host makes teams for a sequence alone, larger ones the shorter it can be.
 //   - planned (num_splits 0): items of at most kWholeBlocks are moved to one side of a cut whole. Where all items are
-//     equally long and not more than the CTAs, up to 1/16 of the CTAs stay idle if that makes every item a whole number
-//     of stretches: then no CTA starts a second one. (Whole items for several a CTA were slower, 510 us for 490 at
-//     128 x 4096.) At most two runs of a CTA's stretch are parts, so the workspace has two slots a CTA.
+//     equally long, some teams stay idle if every item is a whole number of stretches then, and these are not much
+//     longer: no team starts a second one. Where they are not, each has kHead units more on the line, which stand for
+//     the time that starting with it takes. At most two runs of a team's stretch are parts, so the workspace has two
+//     slots a team. Many equal items of one row tile, if they are nearly even among the warps, are shared out whole, to
+//     each warp its own: no warp waits for another (solo).
 //   - one pass (num_splits 1): every item is moved to one side of a cut whole.
 //   - fixed (num_splits n): every item is cut into n even partitions at most, each a run of its own with a slot of its
 //     own, so that the bits of a sequence do not depend on the rest of the batch; the line is cut between partitions
 //     only. Batch-invariant mode (kInvariant) is this with partitions by the sequence's own length.
 // Every CTA computes its own stretch when it starts, from seq_lens and query_len (a block-wide prefix sum, one round
 // trip to memory; a plan kernel in front would cost a launch and a chain of them), so a CUDA graph can be replayed with
-// other lengths. This code runs once and cold, so the number of its instructions counts: measured by clock64 at
-// 1 x 1024, 2000 instructions stood in front of the first load, which left after 4.8 us; the plan alone took 2.8 us of
-// that with 64-bit divisions, 1.4 us without them.
+// other lengths. This code runs once and cold, so the number of its instructions counts: by clock64 at 1 x 1024 the
+// lengths are there after 1200 cycles, the stretch after 2200, its first run after 3350; the first keys after 7700.
 //
-// The CTA that completes an item (a counter of blocks that have arrived, zeroed by a small kernel in front, beside
-// which the attention kernel already runs on sm_90 and later) merges its partial results, always in key order: the
-// outcome does not depend on which CTA came last. Such a merge of 16 parts, alone in a kernel, takes 2.0 us with fences
-// around the count and 1.7 us with an atomic that acquires and releases. Split-KV with a combine is Flash-Decoding (Dao
-// et al., 2023); an even cut of one line of work is stream-K (Osama et al., 2023, arXiv:2301.03598), which FlashInfer
-// (Ye et al., 2025, arXiv:2501.01005) uses for ragged attention.
+// The team that completes an item (a counter of blocks that have arrived, which it sets back to 0: see Counters in
+// attention_plan.cu) merges its partial results, always in key order: the outcome does not depend on which came last.
+// That costs 2 us at 16 parts and grew to 9 us at 33 of 7 rows (28 heads, 4 KV heads, 1 x 8192), which teams avoid.
+// Split-KV with a combine is Flash-Decoding (Dao et al., 2023); an even cut of one line of work is stream-K (Osama et
+// al., 2023, arXiv:2301.03598), which FlashInfer (Ye et al., 2025, arXiv:2501.01005) uses for ragged attention.
 //
-// Tried: a stretch for each warp, with one pipeline from item to item. It served short items (32 x 32 heads x 128 keys:
-// 26 us for 32), but cost instructions in the loop, which 8-bit caches have none to spare of (32 x 8192: 176 us for
-// 150).
+// On an H200 (us; Llama-3-8B's 32 and 8 heads where nothing else is said), before, and with CTAs on their own, in teams
+// of 4 and of 16: 1 x 1024 10.2, 9.4, 10.4, 8.3; 1 x 8192 18.9, 17.6, 18.0, 18.0; 1 x 32768 50.7, 43.6, 43.8, 44.4;
+// 1 x 131072 139, 134, 139, 149; 28 and 4 heads, 1 x 8192: 27, 17.8, 14.7, 15.8. Empty kernels in which teams of 4, 8
+// and 16 meet twice take 0.7, 0.8 and 1.4 us longer. Warps on their own: 21.5 us for 32 x 32 heads x 128 keys instead
+// of 27.1, 129 for 136 at 128 x 1024. Stretches that did not end with their equal items had cost 6 us at 1 x 32768.
+// With 0, 4, 8 and 16 units for its start, 64 sequences of 279 to 5960 keys (mean 2047) take 144, 140, 134 and 133 us,
+// 8 of 50 to 4000 keys 33.9, 23.8, 21.9 and 20.8. Keys and values that are evicted first leave L2 to instructions,
+// tables and partial results: 0.4 to 3 us a call.
+//
+// Tried: the first keys of the next run to L2 while one begins (134 -> 137 us, batch-invariant 265 -> 284 at 32 x
+// 8192); teams for few sequences (24 items of 512 keys: 9.0 -> 7.4 us if equally long, 12.5 -> 15.3 if not); a stretch
+// for each warp, with one pipeline from item to item. It served short items (32 x 32 heads x 128 keys: 26 us for 32),
+// but cost instructions in the loop, which 8-bit caches have none to spare of (32 x 8192: 176 us for 150).
 #pragma once
 
 #include "attention_math.cuh"
@@ -37,8 +51,13 @@ namespace pagedkv {
 
 constexpr int kRowTile = 16;
 constexpr int kBlockKeys = 16;
-constexpr int kFullBlocks = 16;   // a second CTA on a multiprocessor is worth its part of a merge from so many each
+constexpr int kFullShift = 4;    // a second CTA on a multiprocessor is worth its part of a merge from 16 blocks each
+constexpr int kFewBlocks = 128;  // a sequence alone, which can be so long: teams of 16; up to kManyBlocks, of 4
+constexpr int kManyBlocks = 4096;
 constexpr int kWholeBlocks = 16;  // items of at most this many blocks are never split by the planned mode
+constexpr int kRestart = 32;      // blocks that a CTA would do while it starts another run
+constexpr int kHead = 16;         // blocks' worth of starting with an item, where they differ in length
+constexpr int kSoloSlack = 17;    // sixteenths: the longest of even shares of whole items, to their mean
 constexpr int kInvariant = -1;    // in place of a number of splits
 
 // Quotients by a number that is known on the host, of numbers below 2^31.
@@ -58,7 +77,7 @@ struct Divisor {
 };
 
 struct Plan {
-  int* arrived;     // [counters] blocks of a split item whose partial results are written
+  int* arrived;  // [teams] blocks of a split item whose partial results are written; 0 before the kernel and after it
   float* partials;  // [slots, rows, part_row]: a row unnormalised, its maximum, the sum of its exponentials
   int rows;         // rows of a slot: those a row tile can have
   int group;        // query heads of a KV head
@@ -68,20 +87,22 @@ struct Plan {
   int sequence_items;  // a bound on the items of a sequence; where fixed mode's slots of a sequence begin
   int max_parts;       // fixed mode: slots of an item
   int table_lines;     // 128-byte lines of the block tables, where they are few
-  int counters;
-  int ctas;
-  int sms;
+  int teams;
+  int team_shift;   // log2 of a team's CTAs, which are a cluster
+  int least_teams;  // planned mode: as many that the device is full; more of them only for 1 << full_shift blocks each
+  int full_shift;
   int splits;      // 0: planned
   bool invariant;  // fixed mode, partitions by the length of a sequence alone
+  bool solo;       // planned mode: warps may have stretches of their own
   bool fill;       // rows that see no key are this kernel's to fill
 };
 
-// Allocates the workspace in `like`'s caching allocator; `dim` is the row length of a partial result. The returned
-// tensor keeps them alive: the caller may drop it once the kernel is enqueued, since the allocator is stream-ordered.
-Tensor make_plan(const AttentionParams& p, int dim, int num_splits, int ctas, const Tensor& like, Plan& plan);
+// How many teams of 1 << i CTAs of a kernel the device runs at once; 0: none of that size.
+using Teams = std::array<int, 5>;
 
-// Sets plan.arrived to zero. What is launched behind it by launch_planned runs beside it where the device can.
-void launch_zero(const Plan& plan, cudaStream_t stream);
+// Allocates the workspace in `like`'s caching allocator; `dim` is the row length of a partial result. The returned
+// tensor keeps it alive: the caller may drop it once the kernel is enqueued, since the allocator is stream-ordered.
+Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams& most, const Tensor& like, Plan& plan);
 
 // Rows of `out` that no sequence owns or that see no key become 0, their lse -inf; `out_size` is the size of an element
 // of `out`. For kernels without a plan: those with one do so themselves. Also 0 into `next_item`, where there is one.
@@ -93,25 +114,79 @@ struct Device {
 };
 const Device& current_device();
 
-// Launches a kernel that begins with plan_stretch and ends with settle.
+// Finds how many teams of more than one CTA of a kernel the device runs at once.
+template <class... P>
+void count_teams(void (*kernel)(P...), int threads, size_t shared, Teams& teams) {
+  if (!current_device().overlap) return;  // of the same devices and code
+  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  for (int i = 1; i < int(teams.size()); ++i) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1u << i, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(1u << i), config.blockDim = dim3(unsigned(threads)), config.dynamicSmemBytes = shared;
+    config.attrs = &cluster, config.numAttrs = 1;
+    if (cudaOccupancyMaxActiveClusters(&teams[i], kernel, &config) == cudaSuccess) continue;
+    cudaGetLastError();  // larger than this device has them
+    teams[i] = 0;
+  }
+}
+
+// Launches a kernel that begins with begin_planned and plan_stretch and ends with settle.
 template <class... P, class... A>
 void launch_planned(void (*kernel)(P...), const Plan& plan, int threads, size_t shared, cudaStream_t stream,
                     A&&... arguments) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(plan.ctas)), config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = &attribute;
-  if (plan.counters > 0) {
-    launch_zero(plan, stream);
-    config.numAttrs = current_device().overlap ? 1 : 0;
+  config.gridDim = dim3(unsigned(plan.teams << plan.team_shift)), config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = attributes;
+  if (current_device().overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (plan.team_shift > 0) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {1u << plan.team_shift, 1, 1};
   }
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
 }
 
-// Waits for the kernel in front of this one to be complete, its memory visible, where they may overlap.
-__device__ __forceinline__ void wait_for_zero() { wait_for_previous(); }
+// teams -------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int my_team(const Plan& plan) { return int(blockIdx.x) >> plan.team_shift; }
+__device__ __forceinline__ int my_rank(const Plan& plan) { return int(blockIdx.x) & ((1 << plan.team_shift) - 1); }
+
+// All threads of the team meet; what they wrote before is visible to all behind it.
+__device__ __forceinline__ void meet(const Plan& plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (plan.team_shift > 0) {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    return;
+  }
+#endif
+  __syncthreads();
+}
+
+// The threads that work on a run together meet.
+__device__ __forceinline__ void meet_crew(bool solo) {
+  if (solo)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
+// The same variable of the CTA of that rank.
+template <class T>
+__device__ __forceinline__ T* of_rank(T* mine, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint64_t theirs;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+  return reinterpret_cast<T*>(theirs);
+#else
+  return mine;
+#endif
+}
 
 // Floats of a row of a partial result; the 8 keep lanes' stores on different banks where that is shared memory.
 template <int kDim>
@@ -130,8 +205,8 @@ struct SeqWork : SeqSize {
 };
 
 __device__ __forceinline__ SeqSize seq_size(const AttentionParams& p, int seq) {
-  const int len = max(0, __ldg(p.seq_lens + seq));
-  return {len, readable_keys(p, len), max(0, min(__ldg(p.query_len + seq), p.max_query_len))};
+  const int len = max(0, p.seq_lens[seq]);
+  return {len, readable_keys(p, len), max(0, min(p.query_len[seq], p.max_query_len))};
 }
 __device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, const Plan& plan, int seq) {
   SeqWork w{seq_size(p, seq)};
@@ -160,10 +235,13 @@ struct Place {
   int seq, item, block;  // item = KV head * row tiles + row tile; block within the item
 };
 
-// A CTA's stretch of the line, what is left of it.
+// A team's stretch of the line, or a warp's, what is left of it.
 struct Stretch {
   Place at;
   int left;
+  int head;     // units of the line in front of each item's blocks: what it costs to start with it
+  bool solo;    // each warp has a stretch of its own, of whole items
+  bool filled;  // no row of `out` is left to fill
 };
 
 // Blocks [begin, end) of an item.
@@ -207,32 +285,51 @@ struct PlanScratch {
   int length;
   int begin;  // of the first item that continues into this CTA, and of the last one, on the line
   int last_begin;
-  int even, longer;                 // blocks of a stretch; how many of the first stretches have one more
-  bool filled;                      // no row of `out` is left to fill
+  int used, even, rest;             // stretches, the units of each, those left over
+  int head;                         // Stretch::head
   int done[2], first[2], parts[2];  // of the CTA's pending parts: whether it completes the item, the item's CTAs
   Run pending[2];
 };
 
-// The CTA whose stretch holds `unit` of the line.
-__device__ __forceinline__ int cta_of(const PlanScratch& shared, int unit) {
-  const int head = shared.longer * (shared.even + 1);
-  return unit < head ? unit / (shared.even + 1) : shared.longer + (unit - head) / shared.even;
+// Where a team's even stretch begins: all * team / used. Where the stretches are a multiple of the items, which are
+// equally long, those of each item end with it.
+__device__ __forceinline__ int even_cut(int even, int rest, int used, int team) {
+  return team * even + int(uint32_t(team * rest) / uint32_t(used));
+}
+// The team whose even stretch holds `unit` of the line.
+__device__ __forceinline__ int team_of(const PlanScratch& s, int unit) {
+  int team = min(s.used - 1, int(float(unit) * float(s.used) / float(s.even * s.used + s.rest)));  // or one beside it
+  while (even_cut(s.even, s.rest, s.used, team) > unit) --team;
+  while (team + 1 < s.used && even_cut(s.even, s.rest, s.used, team + 1) <= unit) ++team;
+  return team;
 }
 
-// This CTA's stretch: all threads call, 128 at most.
+// Begins a kernel: all threads call it. Into L2 while the kernel in front still runs: the lengths, the pages if few.
+__device__ __forceinline__ void begin_planned(const AttentionParams& p, const Plan& plan) {
+  auto prefetch = [](const int* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); };
+  release_next();
+  const int line = int(blockIdx.x) + int(threadIdx.x) * int(gridDim.x);
+  if (line < plan.table_lines) prefetch(p.block_tables + int64_t(line) * 32);
+  if (p.num_seqs > 0 && threadIdx.x < 3)
+    prefetch(threadIdx.x == 0 ? p.seq_lens : threadIdx.x == 1 ? p.query_len : p.query_start);
+  wait_for_previous();
+}
+
+// Planned mode: a cut that would leave fewer blocks of an item on one side is moved to its end.
+__device__ __forceinline__ int least_part(int head) { return (head + 1) / 2; }
+
+// This team's stretch, or this warp's where kSolo allows it: all threads call, 128 at most.
+template <bool kSolo>
 __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const Plan& plan, PlanScratch& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
-  if (plan.table_lines > 0) {  // few pages: all into L2 while the lengths arrive
-    const int line = int(blockIdx.x) + int(threadIdx.x) * int(gridDim.x);
-    if (line < plan.table_lines)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(p.block_tables + int64_t(line) * 32) : "memory");
-  }
-  const int share = (p.num_seqs + threads - 1) / threads;  // sequences a thread, in a row
-  const int first = min(p.num_seqs, int(threadIdx.x) * share), last = min(p.num_seqs, first + share);
+  // Sequences a thread, in a row; a single one is everyone's.
+  const int share = (p.num_seqs + threads - 1) / threads;
+  const int first = p.num_seqs > 1 ? min(p.num_seqs, int(threadIdx.x) * share) : 0;
+  const int last = min(p.num_seqs, first + share);
   Totals mine{0, 0, 0, 0};
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
-    const int start = __ldg(p.query_start + s);
+    const int start = p.query_start[s];
     const SeqWork w = seq_work(p, plan, s);
     if (w.blocks > 0) {
       const int items = w.row_tiles * p.num_kv_heads;
@@ -241,83 +338,113 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
     const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
     if (all_see && start >= 0 && start <= p.num_tokens - w.tokens) mine.rows += w.tokens;
   }
-  int upto = mine.units;  // inclusive prefix sum
+  int upto = mine.units, items_upto = mine.items;  // inclusive prefix sums
+  Totals total = mine;
+  if (p.num_seqs > 1) {
 #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int t = __shfl_up_sync(0xffffffffu, upto, d);
-    if (lane >= d) upto += t;
-  }
-  const int items = __reduce_add_sync(0xffffffffu, mine.items), rows = __reduce_add_sync(0xffffffffu, mine.rows);
-  const int longest = __reduce_max_sync(0xffffffffu, mine.longest);
-  if (lane == 31) shared.warps[warp] = {upto, items, rows, longest};
-  __syncthreads();
-  Totals total{0, 0, 0, 0};
+    for (int d = 1; d < 32; d *= 2) {
+      const int t = __shfl_up_sync(0xffffffffu, upto, d), i = __shfl_up_sync(0xffffffffu, items_upto, d);
+      if (lane >= d) upto += t, items_upto += i;
+    }
+    const int rows = __reduce_add_sync(0xffffffffu, mine.rows);
+    const int longest = __reduce_max_sync(0xffffffffu, mine.longest);
+    if (lane == 31) shared.warps[warp] = {upto, items_upto, rows, longest};
+    __syncthreads();
+    total = {0, 0, 0, 0};
 #pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    if (w * 32 >= threads) continue;
-    const Totals t = shared.warps[w];
-    if (w < warp) upto += t.units;
-    total.units += t.units, total.items += t.items, total.rows += t.rows, total.longest = max(total.longest, t.longest);
-  }
-  const int all = total.units;
-  int used = max(1, min(plan.ctas, all));
-  if (plan.splits == 0) {
-    used = min(used, max(plan.sms, all / kFullBlocks));
-    if (all > 0 && total.longest * total.items == all) {
-      const int even = used - used % total.items;
-      if (16 * even >= 15 * used) used = even;
+    for (int w = 0; w < 4; ++w) {
+      if (w * 32 >= threads) continue;
+      const Totals t = shared.warps[w];
+      if (w < warp) upto += t.units, items_upto += t.items;
+      total.units += t.units, total.items += t.items, total.rows += t.rows,
+          total.longest = max(total.longest, t.longest);
     }
   }
-  const int even = all / used, longer = all - even * used, cta = blockIdx.x;
-  const int cuts[2] = {cta < used ? cta * even + min(cta, longer) : all,
-                       cta + 1 < used ? (cta + 1) * even + min(cta + 1, longer) : all};
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (cuts[e] < upto && cuts[e] >= upto - mine.units) shared.cuts[e] = {first, upto - mine.units};
+  int all = total.units, head = 0;
+  const bool filled = total.rows == p.num_tokens;
+  int used = max(1, min(plan.teams, all));
+  if (plan.splits == 0 && all > 0) {
+    used = min(used, max(plan.least_teams, all >> plan.full_shift));
+    if (total.longest * total.items == all) {
+      const int even = used - used % total.items;
+      if (even > 0 && all / even - all / used <= kRestart << plan.team_shift) used = even;
+    } else if (total.items < 1 << 26) {  // 32 bits hold what they cost, too
+      head = min(kHead, all / used / 2);
+      all += head * total.items, upto += head * items_upto, mine.units += head * mine.items;
+    }
   }
+  if constexpr (kSolo) {
+    // Equal items, one row tile each, so many that they are nearly even among the warps.
+    const int crews = plan.teams * (threads / 32), rounds = (total.items + crews - 1) / crews;
+    if (plan.solo && total.items > plan.teams && total.items == p.num_seqs * p.num_kv_heads &&
+        total.longest * total.items == all && 16 * rounds * crews <= kSoloSlack * total.items) {
+      const int index = warp * plan.teams + int(blockIdx.x);
+      const int each = total.items / crews, over = total.items - each * crews;
+      const int begin = even_cut(each, over, crews, index), end = even_cut(each, over, crews, index + 1);
+      const int seq = begin / p.num_kv_heads;
+      return {{seq, begin - seq * p.num_kv_heads, 0}, (end - begin) * total.longest, 0, true, filled};
+    }
+  }
+  const int even = all / used, rest = all - even * used, team = my_team(plan);
+  const int cuts[2] = {team < used ? even_cut(even, rest, used, team) : all,
+                       team + 1 < used ? even_cut(even, rest, used, team + 1) : all};
   if (threadIdx.x == 0) {
-    shared.even = even, shared.longer = longer, shared.filled = total.rows == p.num_tokens;
+    shared.used = used, shared.even = even, shared.rest = rest, shared.head = head;
   }
-  __syncthreads();
+  if (p.num_seqs > 1) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (cuts[e] < upto && cuts[e] >= upto - mine.units) shared.cuts[e] = {first, upto - mine.units};
+    }
+    __syncthreads();
+  }
 
   // even lanes: the first cut; odd ones: the second
   const int odd = lane & 1;
   int unit = odd ? cuts[1] : cuts[0];
   Place at{p.num_seqs, 0, 0};
   if (unit < all) {
-    const Found found = shared.cuts[odd];
+    const Found found = p.num_seqs > 1 ? shared.cuts[odd] : Found{0, 0};
     SeqWork w;
     int begin = found.begin, seq_items;
 #pragma unroll 1
     for (at.seq = found.seq;; ++at.seq) {
       w = seq_work(p, plan, at.seq);
       seq_items = w.row_tiles * p.num_kv_heads;
-      const int units = w.blocks > 0 ? seq_items * w.blocks : 0;
+      const int units = w.blocks > 0 ? seq_items * (w.blocks + head) : 0;
       if (unit < begin + units) break;
       begin += units;
     }
-    at.item = (unit - begin) / w.blocks;
-    at.block = unit - begin - at.item * w.blocks;
-    int moved = at.block;
+    const int size = w.blocks + head, trifle = least_part(head);
+    at.item = (unit - begin) / size;
+    const int within = unit - begin - at.item * size;
+    int moved = within;
     if (plan.splits > 1) {
       moved -= moved % partition_blocks(plan, w.blocks, w.tokens);
     } else if (plan.splits == 1 || w.blocks <= kWholeBlocks) {
-      moved = 2 * at.block < w.blocks ? 0 : w.blocks;
+      moved = 2 * within < size ? 0 : size;
+    } else if (within < head + trifle) {
+      moved = 0;
+    } else if (within > size - trifle) {
+      moved = size;
     }
-    unit += moved - at.block;
-    at.block = moved;
-    if (moved == w.blocks) {  // the next item, perhaps of another sequence
-      at.block = 0;
+    unit += moved - within;
+    if (moved == size) {  // the next item, perhaps of another sequence
       if (++at.item == seq_items) ++at.seq, at.item = 0;
+    } else if (moved > 0) {
+      at.block = moved - head;
     }
   }
-  const int item_begin = unit - at.block;
+  const int item_begin = at.block > 0 ? unit - at.block - head : unit;
   const int begin = __shfl_sync(0xffffffffu, unit, 0), length = __shfl_sync(0xffffffffu, unit, 1) - begin;
   if (threadIdx.x == 0) shared.at = at, shared.length = length, shared.begin = item_begin;
   if (threadIdx.x == 1) shared.last_begin = item_begin;
   Stretch s{{__shfl_sync(0xffffffffu, at.seq, 0), __shfl_sync(0xffffffffu, at.item, 0),
              __shfl_sync(0xffffffffu, at.block, 0)},
-            length};
+            length,
+            head,
+            false,
+            filled};
   return s;
 }
 
@@ -331,7 +458,7 @@ __device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& pl
   }
   Run r;
   r.seq = s.at.seq, r.item = s.at.item, r.begin = s.at.block, r.blocks = w.blocks;
-  r.query_start = __ldg(p.query_start + r.seq);
+  r.query_start = p.query_start[r.seq];
   r.len = w.len, r.keys = w.keys, r.tokens = w.tokens;
   r.kv_head = w.row_tiles == 1 ? r.item : r.item / w.row_tiles;
   r.row_begin = (r.item - r.kv_head * w.row_tiles) * kRowTile;
@@ -341,12 +468,13 @@ __device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& pl
   if (parts && plan.splits > 1) {
     edge = min(edge, r.begin + partition_blocks(plan, w.blocks, w.tokens));
   }
-  r.end = min(edge, r.begin + s.left);
+  const int head = r.begin == 0 ? s.head : 0;
+  r.end = min(edge, r.begin + s.left - head);
   const int base = r.seen.lo & ~(kBlockKeys - 1);
   r.key_begin = base + (r.begin << plan.key_shift);
   // the last block of a long item may reach beyond 31 bits
   r.key_end = int(min(base + (int64_t(r.end) << plan.key_shift), int64_t(max(0, r.seen.hi))));
-  s.left -= r.end - r.begin;
+  s.left -= r.end - r.begin + head;
   s.at.block = r.end;
   if (r.end == w.blocks) s.at.block = 0, ++s.at.item;
   return r;
@@ -356,7 +484,7 @@ __device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& pl
 __device__ __forceinline__ void fill_rows(const AttentionParams& p, int out_size, int64_t first, int64_t step) {
   auto sees_a_key = [&](int seq, int64_t row) {
     const SeqSize w = seq_size(p, seq);
-    const int64_t token = row - __ldg(p.query_start + seq);
+    const int64_t token = row - p.query_start[seq];
     if (token < 0 || token >= w.tokens) return false;
     const KeyRange r = visible_keys(p, w.len - w.tokens + int(token), w.keys);
     return r.lo < r.hi;
@@ -404,7 +532,7 @@ __device__ __forceinline__ Ending ending(const AttentionParams& p, int head, flo
   Ending e{1.f, kNegInf, sum == 0.f};
   if (e.empty) return e;
   if (p.sinks) {
-    const float sink = L::from_natural(__ldg(p.sinks + head)), base = fmaxf(top, sink);
+    const float sink = L::from_natural(p.sinks[head]), base = fmaxf(top, sink);
     e.mul = L::exp(top - base);
     sum = sum * e.mul + L::exp(sink - base);
     top = base;
@@ -451,11 +579,11 @@ struct Part {
   const float* rows;  // [run.rows, part_row]
 };
 
-// Where a CTA's part of an item goes. Fixed mode: the run's own slot. Otherwise two slots a CTA, the second for an item
-// that begins in it.
+// Where a team's part of an item goes. Fixed mode: the run's own slot. Otherwise two slots a team, the second for an
+// item that begins in it.
 template <int kDim>
 __device__ __forceinline__ float* part_slot(const Plan& plan, const Run& run) {
-  int64_t slot = 2 * int64_t(blockIdx.x) + (run.begin == 0);
+  int64_t slot = 2 * int64_t(my_team(plan)) + (run.begin == 0);
   if (plan.splits > 1) {
     slot = (int64_t(run.seq) * plan.sequence_items + run.item) * plan.max_parts;
     slot += run.begin / partition_blocks(plan, run.blocks, run.tokens);
@@ -463,142 +591,184 @@ __device__ __forceinline__ float* part_slot(const Plan& plan, const Run& run) {
   return plan.partials + slot * plan.rows * part_row<kDim>;
 }
 
-// Merges the parts of `run`, `count` of kMost at most (those without rows do not count), into `out` where it is a whole
-// item, else into its slot. All threads call it.
-template <class T, int kDim, int kMost>
-__device__ __forceinline__ void combine(const AttentionParams& p, const Plan& plan, const Run& run, const Part* parts,
-                                        int count) {
-  float* const slot = run.whole() ? nullptr : part_slot<kDim>(plan, run);
-  using L = Logits<T>;
-  constexpr int kCols = kDim / 4;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < run.rows * kCols; i += blockDim.x) {
-    const int row = i / kCols, col = (i - row * kCols) * 4;
-    if (col >= p.head_dim) continue;
-    float tops[kMost], sums[kMost], best = kNegInf, total = 0.f;
-    float4 outs[kMost], acc = make_float4(0.f, 0.f, 0.f, 0.f);
+// Four columns of a row, merged from parts in their order.
+template <class T>
+struct Merged {
+  float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
+  float top = kNegInf, sum = 0.f;
+
+  // kMost parts whose loads are in flight together; at(u) points at part u's row, or nowhere. `state`: where in a row
+  // its maximum and sum are. Parts that this kernel wrote to global memory are read from L2.
+  template <int kMost, bool kGlobal, class At>
+  __device__ __forceinline__ void add(int col, int state, At&& at) {
+    using L = Logits<T>;
+    float2 states[kMost];
+    float4 outs[kMost];
 #pragma unroll
     for (int u = 0; u < kMost; ++u) {
-      tops[u] = kNegInf, sums[u] = 0.f, outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
-      const float* const rows = u < count ? parts[u].rows : nullptr;
-      if (!rows) continue;
-      const float* const from = rows + row * part_row<kDim>;
-      const float2 state = *reinterpret_cast<const float2*>(from + kDim);
-      tops[u] = state.x, sums[u] = state.y;
-      if (state.y != 0.f) outs[u] = *reinterpret_cast<const float4*>(from + col);  // else it may hold 0 * NaN
-      best = fmaxf(best, tops[u]);
+      states[u] = make_float2(kNegInf, 0.f), outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
+      const float* const from = at(u);
+      if (!from) continue;
+      const float2* const state_at = reinterpret_cast<const float2*>(from + state);
+      const float4* const out_at = reinterpret_cast<const float4*>(from + col);
+      states[u] = kGlobal ? __ldcg(state_at) : *state_at;
+      outs[u] = kGlobal ? __ldcg(out_at) : *out_at;
     }
-    const float base = best == kNegInf ? 0.f : best;
+    float now = top;
+#pragma unroll
+    for (int u = 0; u < kMost; ++u) now = fmaxf(now, states[u].x);
+    const float base = now == kNegInf ? 0.f : now, shrink = L::exp(top - base);
+    top = now;
+    sum *= shrink;
+    acc.x *= shrink, acc.y *= shrink, acc.z *= shrink, acc.w *= shrink;
 #pragma unroll
     for (int u = 0; u < kMost; ++u) {
-      const float w = L::exp(tops[u] - base);
-      total += w * sums[u];  // an empty part is stored as zeros with a maximum of -inf
-      accumulate(acc, w, outs[u]);
-    }
-    if (!slot) {
-      write_out<T>(p, plan, run, row, col, acc, best, total);
-    } else {
-      float* const to = slot + row * part_row<kDim>;
-      *reinterpret_cast<float4*>(to + col) = acc;
-      if (col == 0) *reinterpret_cast<float2*>(to + kDim) = make_float2(best, total);
+      const float w = L::exp(states[u].x - base);  // an empty part: zeros with a maximum of -inf
+      sum += w * states[u].y;
+      if (states[u].y != 0.f) accumulate(acc, w, outs[u]);  // else it may hold 0 * NaN
     }
   }
+};
+
+// Calls f(row, column) for every fourth column of a run's rows, the 1 << sharers_shift of this rank's threads taking
+// their share each.
+template <int kDim, class F>
+__device__ __forceinline__ void for_columns(const AttentionParams& p, const Run& run, int rank, int sharers_shift,
+                                            int thread, int threads, F&& f) {
+  constexpr int kCols = kDim / 4;
+  const int all = run.rows * kCols, each = (all + (1 << sharers_shift) - 1) >> sharers_shift;
+  const int end = min(all, (rank + 1) * each);
+#pragma unroll 1
+  for (int i = rank * each + thread; i < end; i += threads) {
+    const int row = i / kCols, col = (i - row * kCols) * 4;
+    if (col < p.head_dim) f(row, col);
+  }
+}
+
+// Stores what is merged of a run: its result where it is a whole item, else into its slot.
+template <class T, int kDim>
+__device__ __forceinline__ void store_merged(const AttentionParams& p, const Plan& plan, const Run& run, float* slot,
+                                             int row, int col, const Merged<T>& m) {
+  if (!slot) return write_out<T>(p, plan, run, row, col, m.acc, m.top, m.sum);
+  float* const to = slot + row * part_row<kDim>;
+  *reinterpret_cast<float4*>(to + col) = m.acc;
+  if (col == 0) *reinterpret_cast<float2*>(to + kDim) = make_float2(m.top, m.sum);
+}
+
+// Merges the parts of `run`, `count` of kMost at most (those without rows do not count), and then what the CTAs of the
+// team have of it. All threads call it (`solo`: of a warp); the next use of the parts' memory is behind a meet().
+template <class T, int kDim, int kMost>
+__device__ __forceinline__ void combine(const AttentionParams& p, const Plan& plan, const Run& run, const Part* parts,
+                                        int count, bool solo) {
+  const int thread = solo ? threadIdx.x % 32 : threadIdx.x, threads = solo ? 32 : blockDim.x;
+  float* const slot = run.whole() ? nullptr : part_slot<kDim>(plan, run);
+  const auto part = [&](int row) {
+    return [=](int u) { return u < count && parts[u].rows ? parts[u].rows + row * part_row<kDim> : nullptr; };
+  };
+  if (plan.team_shift == 0) {
+    for_columns<kDim>(p, run, 0, 0, thread, threads, [&](int row, int col) {
+      Merged<T> m;
+      m.template add<kMost, false>(col, kDim, part(row));
+      store_merged<T, kDim>(p, plan, run, slot, row, col, m);
+    });
+    return;
+  }
+  // This CTA's rows in place of its first part's, the maximum and the sum beside theirs, which others still read.
+  float* const mine = const_cast<float*>(parts[0].rows);
+  constexpr int kState = kDim + 4;
+  for_columns<kDim>(p, run, 0, 0, thread, threads, [&](int row, int col) {
+    Merged<T> m;
+    m.template add<kMost, false>(col, kDim, part(row));
+    float* const to = mine + row * part_row<kDim>;
+    *reinterpret_cast<float4*>(to + col) = m.acc;
+    if (col == 0) *reinterpret_cast<float2*>(to + kState) = make_float2(m.top, m.sum);
+  });
+  meet(plan);
+  for_columns<kDim>(p, run, my_rank(plan), plan.team_shift, thread, threads, [&](int row, int col) {
+    Merged<T> m;
+#pragma unroll 1
+    for (int first = 0; first < 1 << plan.team_shift; first += 8) {
+      m.template add<8, false>(col, kState, [&](int u) -> const float* {
+        return first + u < 1 << plan.team_shift ? of_rank(mine, first + u) + row * part_row<kDim> : nullptr;
+      });
+    }
+    store_merged<T, kDim>(p, plan, run, slot, row, col, m);
+  });
 }
 
 // Merges all the parts of an item, slot `part0` and then every `step`-th from `rest` on, into `out`. All threads call.
 template <class T, int kDim>
 __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Plan& plan, const Run& run, int64_t part0,
                                             int64_t rest, int step, int parts) {
-  using L = Logits<T>;
-  constexpr int kCols = kDim / 4;
-  constexpr int kFlight = 8;  // parts whose loads are in flight together
+  constexpr int kFlight = 16;
   const int64_t size = int64_t(plan.rows) * part_row<kDim>;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < run.rows * kCols; i += blockDim.x) {
-    const int row = i / kCols, col = (i - row * kCols) * 4;
-    if (col >= p.head_dim) continue;
-    float best = kNegInf, total = 0.f;
-    float4 acc = make_float4(0.f, 0.f, 0.f, 0.f);
-    const float* from = plan.partials + part0 * size + row * part_row<kDim>;
-    int64_t next = (rest - part0) * size;
+  for_columns<kDim>(p, run, my_rank(plan), plan.team_shift, threadIdx.x, blockDim.x, [&](int row, int col) {
+    Merged<T> m;
+    const float* const at = plan.partials + row * part_row<kDim>;
 #pragma unroll 1
     for (int first = 0; first < parts; first += kFlight) {
-      float2 states[kFlight];
-      float4 outs[kFlight];
-#pragma unroll
-      for (int u = 0; u < kFlight; ++u) {
-        states[u] = make_float2(kNegInf, 0.f), outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (first + u < parts) {
-          states[u] = __ldcg(reinterpret_cast<const float2*>(from + kDim));
-          outs[u] = __ldcg(reinterpret_cast<const float4*>(from + col));
-        }
-        from += next;
-        next = step * size;
-      }
-      float now = best;
-#pragma unroll
-      for (int u = 0; u < kFlight; ++u) now = fmaxf(now, states[u].x);
-      const float base = now == kNegInf ? 0.f : now, shrink = L::exp(best - base);
-      best = now;
-      total *= shrink;
-      acc.x *= shrink, acc.y *= shrink, acc.z *= shrink, acc.w *= shrink;
-#pragma unroll
-      for (int u = 0; u < kFlight; ++u) {
-        const float w = L::exp(states[u].x - base);
-        total += w * states[u].y;
-        accumulate(acc, w, outs[u]);
-      }
+      m.template add<kFlight, true>(col, kDim, [&](int u) -> const float* {
+        const int part = first + u;
+        return part < parts ? at + (part == 0 ? part0 : rest + int64_t(part - 1) * step) * size : nullptr;
+      });
     }
-    write_out<T>(p, plan, run, row, col, acc, best, total);
-  }
+    write_out<T>(p, plan, run, row, col, m.acc, m.top, m.sum);
+  });
 }
 
-// Adds what this CTA has of an item to its counter, by one thread behind a barrier; whether the item is complete now.
+// Adds what this team has of an item to its counter, by one thread behind a meeting; whether the item is complete now.
 __device__ __forceinline__ bool arrive(const Plan& plan, int counter, int blocks, int of) {
-  wait_for_zero();
-  int before;  // the barrier puts the CTA's stores before this, and it puts them before the count for all
+  int before;  // the meeting puts the team's stores before this, and it puts them before the count for all
   asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
                : "=r"(before)
                : "l"(plan.arrived + counter), "r"(blocks)
                : "memory");
   const bool complete = before + blocks == of;
+  if (complete) plan.arrived[counter] = 0;  // for the next kernel
   return complete;
 }
 
-// Ends a kernel: all threads call it when the CTA's parts are written. `pending`: planned mode, how many of the CTA's
-// items are parts, shared.pending them.
+// Ends a kernel: all threads call it when the team's parts are written and it has met. `pending`: planned mode, how
+// many of the team's items are parts, shared.pending them.
 template <class T, int kDim>
 __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& plan, PlanScratch& shared, int out_size,
-                                       int pending) {
+                                       int pending, bool filled) {
   if (plan.splits > 1) {
     __syncthreads();
-    Stretch s{shared.at, shared.length};
+    Stretch s{shared.at, shared.length, 0, false, filled};
+    int unit = shared.begin;  // where the item begins on the line
 #pragma unroll 1
     while (s.left > 0) {
       const Run run = next_run(p, plan, s, false);
       const int each = partition_blocks(plan, run.blocks, run.tokens);
-      const int index = run.seq * plan.sequence_items + run.item;
+      const int begin = unit;
+      if (run.end == run.blocks) unit += run.blocks;
       if (each >= run.blocks) continue;
       bool complete = run.whole();
       if (!complete) {
-        if (threadIdx.x == 0) shared.done[0] = arrive(plan, index, run.end - run.begin, run.blocks);
+        if (threadIdx.x == 0) shared.done[0] = arrive(plan, team_of(shared, begin), run.end - run.begin, run.blocks);
         __syncthreads();
         complete = shared.done[0];
         __syncthreads();
       }
-      const int64_t slot = int64_t(index) * plan.max_parts;
+      const int64_t slot = (int64_t(run.seq) * plan.sequence_items + run.item) * plan.max_parts;
       if (complete) merge_parts<T, kDim>(p, plan, run, slot, slot + 1, 1, (run.blocks + each - 1) / each);
     }
   } else if (pending > 0) {
-    __syncthreads();
     if (int(threadIdx.x) < pending) {
       const int mine = threadIdx.x;
       const Run& run = shared.pending[mine];
-      const int begin = run.begin > 0 ? shared.begin : shared.last_begin, first = cta_of(shared, begin);
-      shared.first[mine] = first, shared.parts[mine] = cta_of(shared, begin + run.blocks - 1) - first + 1;
-      shared.done[mine] = arrive(plan, first, run.end - run.begin, run.blocks);
+      // from the last cut that is moved to the item's begin to the last one that is not moved to its end
+      const int begin = (run.begin > 0 ? shared.begin : shared.last_begin) + shared.head;
+      const int trifle = least_part(shared.head);
+      const int first = team_of(shared, begin + max(0, trifle - 1));
+      shared.first[mine] = first, shared.parts[mine] = team_of(shared, begin + run.blocks - max(1, trifle)) - first + 1;
+      if (my_rank(plan) == 0) {
+        const bool done = arrive(plan, first, run.end - run.begin, run.blocks);
+        for (int rank = 0; rank < 1 << plan.team_shift; ++rank) *of_rank(shared.done + mine, rank) = done;
+      }
     }
-    __syncthreads();
+    meet(plan);
 #pragma unroll 1
     for (int e = 0; e < pending; ++e) {
       if (!shared.done[e]) continue;
@@ -606,11 +776,10 @@ __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& pla
       merge_parts<T, kDim>(p, plan, shared.pending[e], slot + 1, slot + 2, 2, shared.parts[e]);
     }
   }
-  if (plan.fill && !shared.filled) {
+  if (plan.fill && !filled) {
     const int warps = blockDim.x / 32;
     fill_rows(p, out_size, int64_t(blockIdx.x) * warps + threadIdx.x / 32, int64_t(gridDim.x) * warps);
   }
-  wait_for_zero();  // whatever follows this kernel follows the one in front of it, too
 }
 
 }  // namespace pagedkv

@@ -13,6 +13,14 @@
 //                    rows of no sequence become 0 in the same pass.
 //
 // Floor: bytes read and written / 4.28 TB/s; host transfers 55 GB/s each way (PCIe 5 x16).
+//
+// Both ways at once, H200, 1024 scattered blocks of 32 KiB each way (GB/s, both together; beside products that fill the
+// GPU): one long copy each way, by the copy engines, 99 (98); these kernels 56 (30: they wait for an SM); a
+// cudaMemcpyBatchAsync each way 45 (43: 0.4 us of the host and 1 us of the engine a block; it takes neither the legacy
+// default stream nor a capture), 77 with blocks of 128 KiB; a cudaMemcpyAsync a block 13. Kernels of one-warp blocks
+// with 32 registers, which fit beside a matrix product: 64 (64) with 132 blocks reading and 64 writing, 76 to 79 (38 to
+// 49) with 12 to 16 writing: fewer posted writes leave reads their way. Bulk copies through shared memory reach the
+// same 79, but find no room beside a product (22 to 38).
 #include "quantize.cuh"
 
 namespace pagedkv {

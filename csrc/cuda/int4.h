@@ -119,7 +119,7 @@ struct Int4Device {
 const Int4Device& int4_device();  // the current one
 
 // From so many rows on, Hopper's products, where they can be and pay.
-constexpr int kInt4Wgmma = 17;
+constexpr int kInt4Wgmma = 9;
 // From so many rows on, weights in 16 bits and cuBLAS.
 constexpr int kInt4Expand = 128, kInt4ExpandOffsets = 65;
 

@@ -8,17 +8,16 @@
 // of 32 inputs and 32 outputs a lane's words are 16 consecutive bytes and a warp's 512, and they are its fragments of W
 // for four mma (int4.h): they come straight from memory into registers, nothing passes through shared memory. A warp
 // has 32 outputs, 8, 16 or 32 rows and a run of K; warps of a CTA with the same outputs are added up in order at the
-// end. All orders are fixed by the shapes: equal calls give equal bits. Up to 16 rows a CTA stays and walks over blocks
-// of outputs, the ring of loads running on from one to the next, and the launch overlaps with the kernel in front: its
-// first weights are asked into L2 before that one is done. A nibble becomes a number by
+// end. All orders are fixed by the shapes: equal calls give equal bits. With 8 or 16 rows a CTA stays, walks over
+// blocks of outputs, the ring of loads running on from one to the next, and the launch overlaps with the kernel in
+// front: its first weights are asked into L2 before that one is done. A nibble becomes a number by
 //
 //     0x6400 | q is the half 1024 + q        0x4300 | q is the bfloat16 128 + q
 //     0x5400 | q << 4 is the half 64 + q
 //
-// For more than 16 rows minus the same of its zero, exactly. Up to 16 rows the sums are of q + 128 (64), and what is
-// too much, (128 + zero) sum(x), is subtracted from them, sum(x) from an mma with ones. Sums of a step (1, 2 or 4
-// slices of one group) are float32 and are scaled in float32, so scales of any type lose nothing. Offsets: y += offset
-// sum(x).
+// With 32 rows a warp minus the same of its zero, exactly. With fewer the sums are of q + 128 (64), and what is too
+// much, (128 + zero) sum(x), is subtracted from them, sum(x) from an mma with ones. Sums of a step (1, 2 or 4 slices of
+// one group) are float32 and are scaled in float32, so scales of any type lose nothing. Offsets: y += offset sum(x).
 //
 // What counts is how many bytes are under way: every warp keeps kRing slices and their factors in flight, and as many
 // warps run as registers allow: 16 an SM and 64 KiB, twice what 4.28 TB/s at a microsecond of latency ask for. x comes
@@ -310,8 +309,8 @@ void launch(const Int4Params& p, cudaStream_t stream) {
   const int64_t blocks = (p.n + kInt4Block - 1) / kInt4Block, rows = (p.m + 8 * kTiles - 1) / (8 * kTiles);
   const int64_t steps = p.k_padded / kSlice / kStep;
   if (rows > 65535) fail("int4_linear: x: got ", p.m, " rows, needs at most ", 65535 * 8 * kTiles);
-  // Up to 16 rows: a CTA stays, and its warps share K. More: as many outputs a CTA as leave three quarters of the SMs
-  // at work, then as many runs of K as all run at once.
+  // Up to 16 rows a warp: a CTA stays, and its warps share K. More: as many outputs a CTA as leave three quarters of
+  // the SMs at work, then as many runs of K as all run at once.
   int warps_n = 1, warps_k = 1;
   if constexpr (kTiles <= 2) {
     const int most = blocks > sms ? kMost / 2 : kMost;
@@ -375,7 +374,13 @@ void launch(const Int4Params& p, cudaStream_t stream) {
 template <>
 void launch_int4_mma<PAGEDKV_TYPE>(const Int4Params& p, cudaStream_t stream) {
   using T = PAGEDKV_TYPE;
-  (p.m <= 8 ? launch<T, 1> : p.m <= 16 ? launch<T, 2> : launch<T, 4>)(p, stream);
+  // As few rows a warp as leave a CTA and a half for each SM: more of them share the weights of small layers. 64 rows
+  // of 576 x 576: 2.8 us, 4.2 of 32 rows a warp; 32 rows of 4096 x 4096: 10.0, 16.2 of 8.
+  const int64_t blocks = (p.n + kInt4Block - 1) / kInt4Block, most = int4_device().sms * 3 / 2;
+  const auto suits = [&](int tiles) {
+    return p.m <= 8 * tiles || blocks * ((p.m + 8 * tiles - 1) / (8 * tiles)) <= most;
+  };
+  (suits(1) ? launch<T, 1> : suits(2) ? launch<T, 2> : launch<T, 4>)(p, stream);
 }
 
 }  // namespace pagedkv

@@ -2,7 +2,7 @@
 // Launchers of paged_decode.cuh and paged_decode_quantized.cuh for one bucket of head_dim: two query types times three
 // cache types.
 #include <array>
-#include <atomic>
+#include <mutex>
 
 #include "paged_decode_quantized.cuh"
 
@@ -10,29 +10,34 @@ namespace pagedkv {
 namespace {
 
 struct Launch {
-  int warps = 0, ctas = 0;  // ctas: as many as the device runs at once
+  int warps, bytes;
+  Teams teams;
 };
 
-// As many warps as shared memory allows; asked of the driver once a device. L: the kernel's layout.
+// As many warps as shared memory allows; asked of the driver once a device. L: the layout.
 template <auto kKernel, class L>
-Launch decode_launch() {
-  static std::array<std::atomic<int64_t>, 64> known;  // warps << 32 | ctas; racing threads store the same
+const Launch& decode_launch() {
+  static std::array<Launch, 64> known;
+  static std::array<std::once_flag, 64> once;
   const Device& device = current_device();
-  if (const int64_t found = known[device.index]) return {int(found >> 32), int(found & 0xffffffff)};
-  Launch launch{L::kWarps, 0};
-  while (launch.warps > 1 && L::bytes(launch.warps) > device.smem_per_block) --launch.warps;
-  const int bytes = L::bytes(launch.warps);
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&launch.ctas, kKernel, 32 * launch.warps, bytes));
-  launch.ctas = std::max(1, launch.ctas) * device.sms;
-  known[device.index] = int64_t(launch.warps) << 32 | launch.ctas;
-  return launch;
+  std::call_once(once[device.index], [&] {
+    Launch& launch = known[device.index];
+    launch.warps = L::kWarps;
+    while (launch.warps > 1 && L::bytes(launch.warps) > device.smem_per_block) --launch.warps;
+    launch.bytes = L::bytes(launch.warps);
+    int ctas = 0;  // of a multiprocessor
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::bytes(launch.warps)));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kKernel, 32 * launch.warps, launch.bytes));
+    launch.teams[0] = std::max(1, ctas) * device.sms;
+    count_teams(kKernel, 32 * launch.warps, launch.bytes, launch.teams);
+  });
+  return known[device.index];
 }
 
 // `element`: bytes of a stored number.
 template <auto kKernel, class L, int kDim>
 void launch(const AttentionParams& p, int element, int num_splits, const Tensor& like, cudaStream_t stream) {
-  const Launch config = decode_launch<kKernel, L>();
+  const Launch& config = decode_launch<kKernel, L>();
   auto aligned = [](const void* pointer, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; };
   auto wide = [&](const void* rows, int64_t block, int64_t token, int64_t head) {
     return aligned(rows, 16) && (block | token | head) * element % 16 == 0;
@@ -42,8 +47,9 @@ void launch(const AttentionParams& p, int element, int num_splits, const Tensor&
   access.wide = p.head_dim * element % 16 == 0 && wide(p.k, p.k_stride_block, p.k_stride_t, p.k_stride_h) &&
                 wide(p.v, p.v_stride_block, p.v_stride_t, p.v_stride_h);
   Plan plan;
-  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.ctas, like, plan);
-  launch_planned(kKernel, plan, 32 * config.warps, L::bytes(config.warps), stream, p, plan, access);
+  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.teams, like, plan);
+  access.by_step = Divisor(16 * config.warps << plan.team_shift);
+  launch_planned(kKernel, plan, 32 * config.warps, config.bytes, stream, p, plan, access);
 }
 
 template <class T, KVType kKV, int kDim, int kTiles, bool kMany>
@@ -70,8 +76,7 @@ template <class T, int kDim>
 void launch_decode_dim(const AttentionParams& p, KVType kv, int num_splits, const Tensor& like, cudaStream_t stream) {
   switch (kv) {
     case KVType::kSame:
-      return launch<paged_decode_kernel<T, KVType::kSame, kDim>, DecodeLayout<KVType::kSame, kDim>, kDim>(
-          p, 2, num_splits, like, stream);
+      return launch<paged_decode_kernel<T, kDim>, DecodeLayout<kDim>, kDim>(p, 2, num_splits, like, stream);
     case KVType::kInt8:
       return launch_quantized<T, KVType::kInt8, kDim>(p, num_splits, like, stream);
     case KVType::kFp8:

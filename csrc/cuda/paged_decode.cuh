@@ -1,20 +1,16 @@
 // Paged attention for few query rows a KV head (decode, speculative decoding, or any number with V2), 16-bit queries.
 //
-// A CTA works through its runs of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows (the GQA
-// group's heads times the query tokens, packed so that a key is read once for all of them), a stretch of keys. Each
-// warp takes every kWarps-th block of 16 keys with a pipeline of its own: kStages slots of K and V in shared memory
-// filled by cp.async, so no barrier is needed between warps until the run ends, when they merge their online softmax
-// states. Per 16 keys: S = Q K^T (2 n-tiles of mma.m16n8k16, K by ldmatrix), logits, online softmax in float32, P
-// rounded once to the query's type, O += P V (V by ldmatrix.trans; the accumulator layout of S is the operand layout of
-// P). O is rescaled only when a maximum moved.
+// A team of CTAs works through its runs of the plan (attention_plan.cuh): one KV head of one sequence, 16 query rows
+// (the GQA group's heads times the query tokens, packed so that a key is read once for all of them), a stretch of keys.
+// Its warps take the blocks of 16 keys in turn, each with a pipeline of its own: kStages slots of K and V in shared
+// memory filled by cp.async, so no barrier is needed between warps until the run ends, when they merge their online
+// softmax states. Warps on their own (solo) have runs of their own, and meet nobody. Per 16 keys: S = Q K^T (2 n-tiles
+// of mma.m16n8k16, K by ldmatrix), logits, online softmax in float32, P rounded once to the query's type, O += P V (V
+// by ldmatrix.trans; the accumulator layout of S is the operand layout of P). O is rescaled only when a maximum moved.
 //
-// 8-bit caches stay 8-bit in shared memory. ldmatrix moves pairs of bytes: for K a lane gets dimensions 4t .. 4t + 3 of
-// a key where the operand wants 2t, 2t + 1, 2t + 8, 2t + 9, so Q is stored with its dimensions permuted to match; for V
-// (.trans) it gets dimensions 2g, 2g + 1 of keys 2t, 2t + 1, which serve two n-tiles, the even and the odd dimensions.
-// Conversion to fp16 is exact. The K scale multiplies the logit; the V scale multiplies P in float32, relative to the
-// largest V scale so far (O is kept in units of it), so that P does not leave fp16's range.
+// 8-bit caches have a kernel of their own (paged_decode_quantized.cuh).
 //
-// Shared memory: kWarps x kStages x (16 K rows, 16 V rows, [16 K and 16 V scales]), then Q [16, kDim], then softmax
+// Shared memory: kWarps x kStages x (16 K rows, 16 V rows), then Q [16, kDim], then softmax
 // states. Rows are swizzled by 16-byte chunk, not padded. When a run ends, a warp's slots hold its O [16, kDim + 8]
 // float32 for the merge. Registers at kDim 128: O 64, Q 32 (kept in shared memory above 128), S 8.
 //
@@ -29,38 +25,37 @@
 namespace pagedkv {
 
 constexpr int kDecodeWarps = 4;
-template <KVType kKV, int kDim>
+template <int kDim>
 struct DecodeLayout {
   static_assert(kDim % 32 == 0 && kDim <= 256);
   static constexpr int kWarps = kDecodeWarps;
-  static constexpr int kElement = kKV == KVType::kSame ? 2 : 1;
   static constexpr int kKeys = 16;                         // a slot's keys
-  static constexpr int kChunks = kDim * kElement / 16;     // 16-byte chunks of a row
+  static constexpr int kChunks = kDim / 8;                 // 16-byte chunks of a row
   static constexpr int kTileBytes = kKeys * kChunks * 16;  // K or V
-  static constexpr int kScaleBytes = kKV == KVType::kSame ? 0 : 2 * kKeys * 4;
-  static constexpr int kSlotBytes = 2 * kTileBytes + kScaleBytes;
-  // CTAs a multiprocessor that registers and shared memory are sized for. Three with 8-bit caches (168 registers, Q in
-  // shared memory) were slower.
+  static constexpr int kSlotBytes = 2 * kTileBytes;
+  // CTAs a multiprocessor that registers and shared memory are sized for.
   static constexpr int kResident = kDim <= 128 ? 2 : 1;
   static constexpr int kStages = kSlotBytes * 6 <= 24576 ? 6 : kSlotBytes * 3 >= 24576 ? 3 : 24576 / kSlotBytes;
   static constexpr int kWarpBytes = kStages * kSlotBytes;
   static constexpr int kMergeStride = part_row<kDim>;
   static_assert(kWarpBytes % 16 == 0 && kRowTile * kMergeStride * 4 <= kWarpBytes);
   static constexpr int kQueryBytes = kRowTile * kDim * 2;
+  static_assert(kDim > 128 || kQueryBytes <= kSlotBytes);  // where warps on their own keep it first
 
   static constexpr int bytes(int warps) {
-    return warps * kWarpBytes + kQueryBytes + kRowTile * 4 + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch));
+    return warps * kWarpBytes + kQueryBytes + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch));
   }
 };
 
 // Uniform facts about the pointers, found on the host.
 struct DecodeAccess {
   bool query_pairs;  // query rows may be read 4 bytes at a time
-  bool wide;         // cache rows may be read 16 bytes at a time (8-bit rows may be aligned to 8 only)
+  bool wide;         // 8-bit rows may be read 16 bytes at a time (they may be aligned to 8 only)
+  Divisor by_step;   // keys from one of a warp's blocks to the next, where a CTA's warps share runs
 };
 
-// Copies of 16 rows of K or V into a slot, kBytes a run; zeros for rows that are not valid and behind a row's end.
-template <int kChunks, int kBytes>
+// Copies of 16 rows of K or V into a slot; zeros for rows that are not valid and behind a row's end.
+template <int kChunks>
 __device__ __forceinline__ void copy_valid_rows(uint32_t target, const uint8_t* first, const uint8_t* second,
                                                 int64_t row_stride, int row_bytes, uint32_t valid_rows) {
 #pragma unroll 1
@@ -68,9 +63,7 @@ __device__ __forceinline__ void copy_valid_rows(uint32_t target, const uint8_t* 
     const int r = e / kChunks, c = e % kChunks;
     const bool valid = (valid_rows >> r) & 1;
     const uint8_t* source = (r < 8 ? first : second) + (r & 7) * row_stride + c * 16;
-    const uint32_t to = target + swizzle<kChunks>(r, c) * 16;
-#pragma unroll
-    for (int b = 0; b < 16; b += kBytes) cp_async<kBytes>(to + b, source + b, valid && c * 16 + b < row_bytes);
+    cp_async<16>(target + swizzle<kChunks>(r, c) * 16, source, valid && c * 16 < row_bytes);
   }
 }
 
@@ -101,49 +94,48 @@ __device__ __forceinline__ void copy_rows(uint32_t target, const uint8_t* first,
   }
 }
 
-template <class T, KVType kKV, int kDim>
-__global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kResident)
+template <class T, int kDim>
+__global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kDim>::kResident)
     paged_decode_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                         const DecodeAccess access) {
-  using L = DecodeLayout<kKV, kDim>;
-  constexpr bool kQuantized = kKV != KVType::kSame;
+  using L = DecodeLayout<kDim>;
   constexpr bool kQueryInRegisters = kDim <= 128;
-  // What the tensor cores compute in: fp16 for 8-bit caches whatever the query's type (conversion is cheaper, P keeps
-  // three more bits). A bfloat16 query's row is scaled to below 4 by a power of two, exactly as far as fp16 reaches.
-  using C = std::conditional_t<kQuantized, __half, T>;
-  constexpr bool kScaledQuery = !std::is_same_v<C, T>;
-  constexpr float kWeight = 256.f;    // 8-bit: P is times this, to keep small weights out of fp16's subnormal numbers
   constexpr int kSteps = kDim / 16;   // k-steps of Q K^T
   constexpr int kColumns = kDim / 8;  // n-tiles of P V
 
+  begin_planned(p, plan);
   extern __shared__ __align__(128) uint8_t shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   uint8_t* const my_slots = shared + warp * L::kWarpBytes;
-  uint8_t* const query_tile = shared + warps * L::kWarpBytes;
-  float* const query_scales = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
-  Part* const parts = reinterpret_cast<Part*>(query_scales + kRowTile);
+  Part* const parts = reinterpret_cast<Part*>(shared + warps * L::kWarpBytes + L::kQueryBytes);
   PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(parts + 4);
 
-  const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
+  const uint32_t slots = smem_address(my_slots);
   const Logit logit(p);
-  const int row_bytes = p.head_dim * L::kElement;
-  const int64_t k_row = p.k_stride_t * L::kElement, v_row = p.v_stride_t * L::kElement;
+  const int row_bytes = p.head_dim * 2;
+  const int64_t k_row = p.k_stride_t * 2, v_row = p.v_stride_t * 2;
   // ldmatrix: the row and chunk that this lane points at, for matrices in the order K and V want them
   const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
   const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
 
-  Stretch stretch = plan_stretch(p, plan, scratch);
+  // Warps on their own have their queries in the slot that is filled last, until they are in registers.
+  Stretch stretch = plan_stretch<kQueryInRegisters>(p, plan, scratch);
+  const bool solo = kQueryInRegisters && stretch.solo;
+  const int crew = solo ? 1 : warps, mate = solo ? 0 : warp;  // warps that share a run, and which one this is
+  uint8_t* const query_tile = solo ? my_slots + (L::kStages - 1) * L::kSlotBytes : shared + warps * L::kWarpBytes;
+  const uint32_t query_at = smem_address(query_tile);
   int pending = 0;
 #pragma unroll 1
   while (stretch.left > 0) {
     const Run run = next_run(p, plan, stretch);
     // ---- this warp's blocks of 16 keys
-    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
-    const int step = warps * L::kKeys;
-    const int blocks = begin < run.key_end ? (run.key_end - begin + step - 1) / step : 0;
-    const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + run.kv_head * p.k_stride_h * L::kElement;
-    const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + run.kv_head * p.v_stride_h * L::kElement;
+    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + (my_rank(plan) * crew + mate) * L::kKeys;
+    const int step = (crew << plan.team_shift) * L::kKeys;
+    const int behind = run.key_end - begin + step - 1;  // 0 blocks where it is too small
+    const int blocks = begin < run.key_end ? (solo ? behind / L::kKeys : access.by_step(behind)) : 0;
+    const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + run.kv_head * p.k_stride_h * 2;
+    const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + run.kv_head * p.v_stride_h * 2;
     uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
 
     // Pages of 16 of the warp's blocks at a time, one load ahead of their use and unchecked until then (a test beside
@@ -151,7 +143,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     const int* const table = p.block_tables + int64_t(run.seq) * p.table_stride;
     auto load_pages = [&](int first) {
       const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
-      return key < run.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
+      return key < run.key_end ? table[key >> p.block_shift] : -1;
     };
     int page_ids = load_pages(0), next_ids = load_pages(16);
     auto pages = [&](int block) {
@@ -167,33 +159,23 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       rows &= (page.x >= 0 ? 0x00ffu : 0u) | (page.y >= 0 ? 0xff00u : 0u);
       const int x = max(page.x, 0), y = max(page.y, 0);
       const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
-      const uint8_t* const k0 = k_base + k_offset(p, x, key, 0) * L::kElement;
-      const uint8_t* const v0 = v_base + v_offset(p, x, key, 0) * L::kElement;
+      const uint8_t* const k0 = k_base + k_offset(p, x, key, 0) * 2;
+      const uint8_t* const v0 = v_base + v_offset(p, x, key, 0) * 2;
       const uint8_t *k1 = k0 + 8 * k_row, *v1 = v0 + 8 * v_row;
       if (p.block_size < L::kKeys) {
-        k1 = k_base + k_offset(p, y, key + 8, 0) * L::kElement;
-        v1 = v_base + v_offset(p, y, key + 8, 0) * L::kElement;
+        k1 = k_base + k_offset(p, y, key + 8, 0) * 2;
+        v1 = v_base + v_offset(p, y, key + 8, 0) * 2;
       }
-      const bool wide = !kQuantized || access.wide;
-      if (wide && rows == 0xffffu && row_bytes == L::kChunks * 16) {
+      if (rows == 0xffffu && row_bytes == L::kChunks * 16) {
         copy_rows<L::kChunks>(k_at, k0, k1, k_row);
         copy_rows<L::kChunks>(v_at, v0, v1, v_row);
-      } else if (wide) {
-        copy_valid_rows<L::kChunks, 16>(k_at, k0, k1, k_row, row_bytes, rows);
-        copy_valid_rows<L::kChunks, 16>(v_at, v0, v1, v_row, row_bytes, rows);
       } else {
-        copy_valid_rows<L::kChunks, 8>(k_at, k0, k1, k_row, row_bytes, rows);
-        copy_valid_rows<L::kChunks, 8>(v_at, v0, v1, v_row, row_bytes, rows);
-      }
-      if constexpr (kQuantized) {
-        const int r = lane % 16;
-        const float* const from =
-            (lane < 16 ? p.k_scale : p.v_scale) + scale_offset(p, r < 8 ? x : y, key + r, run.kv_head);
-        cp_async<4>(v_at + L::kTileBytes + lane * 4, from, (rows >> r) & 1);
+        copy_valid_rows<L::kChunks>(k_at, k0, k1, k_row, row_bytes, rows);
+        copy_valid_rows<L::kChunks>(v_at, v0, v1, v_row, row_bytes, rows);
       }
     };
 
-    // ---- Q's rows, every warps-th one to this warp: four loads of each lane fly while the pipeline is filled
+    // ---- Q's rows, every crew-th one to this warp: four loads of each lane fly while the pipeline is filled
     constexpr int kWords = (kDim / 2 + 31) / 32;
     uint32_t words[4][kWords];
     auto read_query = [&](int r, uint32_t (&out)[kWords]) {
@@ -205,47 +187,38 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
         const int pair = lane + 32 * i;
         out[i] = 0;
         if (row < 0 || 2 * pair >= p.head_dim) continue;
-        out[i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
-                                    : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
+        out[i] = access.query_pairs ? *reinterpret_cast<const uint32_t*>(q + 2 * pair)
+                                    : uint32_t(q[2 * pair]) | uint32_t(q[2 * pair + 1]) << 16;
       }
     };
     auto store_query = [&](int r, uint32_t (&in)[kWords]) {
-      if constexpr (kScaledQuery) {
-        auto low = [](uint32_t w) { return __uint_as_float(w << 16); };
-        auto high = [](uint32_t w) { return __uint_as_float(w & 0xffff0000u); };
-        float largest = 0.f;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) largest = fmaxf(largest, fmaxf(fabsf(low(in[i])), fabsf(high(in[i]))));
-        for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
-        const uint32_t exponent = min(max(__float_as_uint(largest) >> 23, 1u), 253u);
-        const float scale = __uint_as_float((254 - exponent) << 23);
-        if (r < kRowTile && lane == 0) query_scales[r] = __uint_as_float(exponent << 23);
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) in[i] = pack2<C>(low(in[i]) * scale, high(in[i]) * scale);
-      }
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int pair = lane + 32 * i;
         if (r >= kRowTile || 2 * pair >= kDim) continue;
-        const int at = kQuantized ? (pair & ~7) + (pair & 7) / 2 + 4 * (pair & 1) : pair;
-        *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, at / 4) * 16 + at % 4 * 4) = in[i];
+        *reinterpret_cast<uint32_t*>(query_tile + swizzle<kDim / 8>(r, pair / 4) * 16 + pair % 4 * 4) = in[i];
       }
     };
 #pragma unroll
-    for (int u = 0; u < 4; ++u) read_query(warp + u * warps, words[u]);
+    for (int u = 0; u < 4; ++u) read_query(mate + u * crew, words[u]);
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) {
       if (i < blocks) fill_slot(i, begin + i * step, pages(i));
       cp_async_commit();
     }
 #pragma unroll
-    for (int u = 0; u < 4; ++u) store_query(warp + u * warps, words[u]);
+    for (int u = 0; u < 4; ++u) store_query(mate + u * crew, words[u]);
+    if (crew < 4) {
 #pragma unroll 1
-    for (int r = warp + 4 * warps; r < kRowTile; r += warps) {  // fewer than four warps
-      read_query(r, words[0]);
-      store_query(r, words[0]);
+      for (int r = mate + 4 * crew; r < run.rows; r += crew) {
+        read_query(r, words[0]);
+        store_query(r, words[0]);
+      }
+      const int padding = max(4 * crew, run.rows);  // rows of zeros from there on
+      for (int i = padding * (kDim / 8) + mate * 32 + lane; i < kRowTile * (kDim / 8); i += crew * 32)
+        reinterpret_cast<uint4*>(query_tile)[i] = make_uint4(0, 0, 0, 0);
     }
-    __syncthreads();
+    meet_crew(solo);
 
     auto load_query = [&](uint32_t (&a)[4], int s) {
       ldmatrix_x4(a, query_at + swizzle<kDim / 8>(v_lane_row, 2 * s + v_lane_chunk) * 16);
@@ -259,14 +232,13 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     // ---- this lane's two rows, g and g + 8
     KeyRange seen[2];
     int position[2];
-    float slope[2], row_mul[2];
+    float slope[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = g + 8 * h;
       position[h] = run.position(plan, r);
       seen[h] = r < run.rows ? visible_keys(p, position[h], run.keys) : KeyRange{0, 0};
-      row_mul[h] = kScaledQuery ? query_scales[r] : 1.f;
-      slope[h] = p.alibi_slopes && r < run.rows ? __ldg(p.alibi_slopes + run.head(plan, r)) * kLog2e : 0.f;
+      slope[h] = p.alibi_slopes && r < run.rows ? p.alibi_slopes[run.head(plan, r)] * kLog2e : 0.f;
     }
 
     // Keys that all of the run's rows see. Rows that pad the tile then see them, too: their results go nowhere.
@@ -275,54 +247,23 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
 
     float o[kColumns][4] = {};
     float top[2] = {kNegInf, kNegInf}, sum[2] = {0.f, 0.f};
-    // quantised: o counts in unit / kWeight, the largest |V scale| so far being the unit
-    float unit = 1e-30f, weight = kWeight / unit;
-
     auto attend = [&](int slot, int key) {
       const uint32_t k_at = slots + slot * L::kSlotBytes, v_at = k_at + L::kTileBytes;
-      const float* const scales = reinterpret_cast<const float*>(my_slots + slot * L::kSlotBytes + 2 * L::kTileBytes);
 
       float x[2][4] = {};
-      if constexpr (!kQuantized) {
 #pragma unroll
-        for (int s = 0; s < kSteps; ++s) {
-          uint32_t b[4];
-          ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, 2 * s + k_lane_chunk) * 16);
-          if constexpr (!kQueryInRegisters) load_query(q[0], s);
-          const auto& a = q[kQueryInRegisters ? s : 0];
-          mma_16816<C>(x[0], a, b[0], b[1]);
-          mma_16816<C>(x[1], a, b[2], b[3]);
-        }
-      } else {
-#pragma unroll
-        for (int s = 0; s < kSteps; s += 2) {  // a 16-byte chunk is a k-step; the four matrices are 2 chunks x 16 keys
-          uint32_t b[4];
-          ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, s + k_lane_chunk) * 16);
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            if constexpr (!kQueryInRegisters) load_query(q[0], s + u);
-            const auto& a = q[kQueryInRegisters ? s + u : 0];
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              uint32_t b0, b1;
-              dequantize4<C, kKV, true>(b[2 * n + u], b0, b1);
-              mma_16816<C>(x[n], a, b0, b1);
-            }
-          }
-        }
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t b[4];
+        ldmatrix_x4(b, k_at + swizzle<L::kChunks>(k_lane_row, 2 * s + k_lane_chunk) * 16);
+        if constexpr (!kQueryInRegisters) load_query(q[0], s);
+        const auto& a = q[kQueryInRegisters ? s : 0];
+        mma_16816<T>(x[0], a, b[0], b[1]);
+        mma_16816<T>(x[1], a, b[2], b[3]);
       }
 
       // ---- logits and the new maxima; element e of n-tile n: row g + 8 * (e / 2), key 8n + 2t + e % 2
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        float mul[2] = {logit.mul, logit.mul};
-        if constexpr (kQuantized) {
-          const float2 k_scale = *reinterpret_cast<const float2*>(scales + 8 * n + 2 * t);
-          mul[0] *= k_scale.x, mul[1] *= k_scale.y;
-        }
-#pragma unroll
-        for (int e = 0; e < 4; ++e) x[n][e] *= kScaledQuery ? mul[e % 2] * row_mul[e / 2] : mul[e % 2];
-      }
+      for (int i = 0; i < 8; ++i) x[i / 4][i % 4] *= logit.mul;
       if (logit.cap > 0) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) x[i / 4][i % 4] = logit.capped(x[i / 4][i % 4]);
@@ -364,28 +305,6 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
         }
         sum[h] = sum[h] * shrink[h] + part;
       }
-      if constexpr (kQuantized) {
-        float2 v_scale[2];
-        float largest = unit;
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          v_scale[n] = *reinterpret_cast<const float2*>(scales + L::kKeys + 8 * n + 2 * t);
-          largest = fmaxf(largest, fmaxf(fabsf(v_scale[n].x), fabsf(v_scale[n].y)));
-        }
-        if (__any_sync(0xffffffffu, largest > unit)) {  // seldom, after the first blocks
-          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-          const float units = unit / largest;
-          shrink[0] *= units, shrink[1] *= units;
-          unit = largest;
-          weight = kWeight / unit;
-        }
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const float even = v_scale[n].x * weight, odd = v_scale[n].y * weight;
-          x[n][0] *= even, x[n][1] *= odd, x[n][2] *= even, x[n][3] *= odd;
-        }
-      }
       if (__any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) {
@@ -393,25 +312,14 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
           o[c][2] *= shrink[1], o[c][3] *= shrink[1];
         }
       }
-      const uint32_t a[4] = {pack2<C>(x[0][0], x[0][1]), pack2<C>(x[0][2], x[0][3]), pack2<C>(x[1][0], x[1][1]),
-                             pack2<C>(x[1][2], x[1][3])};
+      const uint32_t a[4] = {pack2<T>(x[0][0], x[0][1]), pack2<T>(x[0][2], x[0][3]), pack2<T>(x[1][0], x[1][1]),
+                             pack2<T>(x[1][2], x[1][3])};
 #pragma unroll
       for (int c = 0; c < L::kChunks; c += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, v_at + swizzle<L::kChunks>(v_lane_row, c + v_lane_chunk) * 16);
-        if constexpr (!kQuantized) {
-          mma_16816<C>(o[c], a, b[0], b[1]);
-          mma_16816<C>(o[c + 1], a, b[2], b[3]);
-        } else {
-#pragma unroll
-          for (int u = 0; u < 2; ++u) {
-            uint32_t even[2], odd[2];
-            dequantize4<C, kKV, false>(b[2 * u], even[0], odd[0]);
-            dequantize4<C, kKV, false>(b[2 * u + 1], even[1], odd[1]);
-            mma_16816<C>(o[2 * (c + u)], a, even[0], even[1]);
-            mma_16816<C>(o[2 * (c + u) + 1], a, odd[0], odd[1]);
-          }
-        }
+        mma_16816<T>(o[c], a, b[0], b[1]);
+        mma_16816<T>(o[c + 1], a, b[2], b[3]);
       }
     };
 
@@ -437,7 +345,6 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
     }
     cp_async_wait<0>();
     __syncwarp();  // all lanes have read the last slot: the slots become the merge buffer
-    const float back = unit / kWeight;
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -447,27 +354,23 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kKV, kDim>::kR
       if (r >= run.rows) continue;
       float* const row = reinterpret_cast<float*>(my_slots) + r * L::kMergeStride;
       if (t == 0) *reinterpret_cast<float2*>(row + kDim) = make_float2(top[h], sum[h]);
-      if constexpr (!kQuantized) {
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c)
-          *reinterpret_cast<float2*>(row + 8 * c + 2 * t) = make_float2(o[c][2 * h], o[c][2 * h + 1]);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kColumns; c += 2)  // even and odd dimensions of 16
-          *reinterpret_cast<float4*>(row + 8 * c + 4 * t) = make_float4(
-              o[c][2 * h] * back, o[c + 1][2 * h] * back, o[c][2 * h + 1] * back, o[c + 1][2 * h + 1] * back);
-      }
+      for (int c = 0; c < kColumns; ++c)
+        *reinterpret_cast<float2*>(row + 8 * c + 2 * t) = make_float2(o[c][2 * h], o[c][2 * h + 1]);
     }
     if (lane == 0) parts[warp].rows = reinterpret_cast<const float*>(my_slots);
-    __syncthreads();
-    combine<T, kDim, kDecodeWarps>(p, plan, run, parts, warps);
+    meet_crew(solo);
+    combine<T, kDim, kDecodeWarps>(p, plan, run, solo ? parts + warp : parts, crew, solo);
     if (!run.whole() && plan.splits == 0) {
       if (threadIdx.x == 0) scratch.pending[pending] = run;
       ++pending;
     }
-    __syncthreads();
+    if (solo)
+      __syncwarp();
+    else
+      meet(plan);
   }
-  settle<T, kDim>(p, plan, scratch, sizeof(T), pending);
+  settle<T, kDim>(p, plan, scratch, sizeof(T), pending, stretch.filled);
 }
 
 // paged_decode.cu instantiates one kDim a compile unit.

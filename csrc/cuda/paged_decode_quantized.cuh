@@ -62,9 +62,11 @@ struct QuantizedLayout {
   static constexpr bool kQueryInRegisters = kDim * kTiles <= 256;
   static constexpr int kQueryBytes = kRows * kDim * 2;
   static_assert(kSlotBytes % 128 == 0 && kRows * part_row<kDim> * 4 <= kWarpBytes);
+  static_assert(!kQueryInRegisters || kQueryBytes <= kSlotBytes);  // where warps on their own keep it first
 
   static constexpr int bytes(int warps) {
-    return warps * kWarpBytes + kQueryBytes + kRows * 4 + kWarps * int(sizeof(Part)) + int(sizeof(PlanScratch));
+    return warps * kWarpBytes + kQueryBytes + kWarps * kRows * 4 + kWarps * int(sizeof(Part)) +
+           int(sizeof(PlanScratch));
   }
 };
 
@@ -116,17 +118,18 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
   constexpr bool kScaledQuery = !std::is_same_v<T, __half>;
   constexpr float kWeight = 256.f, kSlack = 6.f;
   constexpr int kSteps = kDim / 16;
+  constexpr bool kSolo = L::kQueryInRegisters && !kMany;
 
+  begin_planned(p, plan);
   extern __shared__ __align__(128) uint8_t shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
   uint8_t* const my_slots = shared + warp * L::kWarpBytes;
-  uint8_t* const query_tile = shared + warps * L::kWarpBytes;
-  float* const query_scales = reinterpret_cast<float*>(query_tile + L::kQueryBytes);
-  Part* const parts = reinterpret_cast<Part*>(query_scales + L::kRows);
+  float* query_scales = reinterpret_cast<float*>(shared + warps * L::kWarpBytes + L::kQueryBytes);
+  Part* const parts = reinterpret_cast<Part*>(query_scales + L::kWarps * L::kRows);
   PlanScratch& scratch = *reinterpret_cast<PlanScratch*>(parts + L::kWarps);
 
-  const uint32_t slots = smem_address(my_slots), query_at = smem_address(query_tile);
+  const uint32_t slots = smem_address(my_slots), last_slot = slots + (L::kStages - 1) * L::kSlotBytes;
   const Logit logit(p);
   const int64_t k_row = p.k_stride_t, v_row = p.v_stride_t;
   const uint32_t scale_row = uint32_t(p.num_kv_heads) * 4, scale_block = scale_row << p.block_shift;
@@ -139,15 +142,22 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
   uint32_t matrix_at = swizzle<L::kChunks>(lane % 16, half) * 16;  // what this lane points ldmatrix at
   keep(copy_to), keep(scale_to), keep(matrix_at);
 
-  Stretch stretch = plan_stretch(p, plan, scratch);
+  // Warps on their own have their queries in the slot that is filled last, until they are in registers.
+  Stretch stretch = plan_stretch<kSolo>(p, plan, scratch);
+  const bool solo = kSolo && stretch.solo;
+  const int crew = solo ? 1 : warps, mate = solo ? 0 : warp;  // warps that share a run, and which one this is
+  uint8_t* const query_tile = solo ? my_slots + (L::kStages - 1) * L::kSlotBytes : shared + warps * L::kWarpBytes;
+  const uint32_t query_at = smem_address(query_tile);
+  if (solo) query_scales += warp * L::kRows;
   int pending = 0;
 #pragma unroll 1
   while (stretch.left > 0) {
     const Run run = next_run(p, plan, stretch);
     // ---- this warp's blocks of 16 keys
-    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + warp * L::kKeys;
-    const int step = warps * L::kKeys;
-    const int blocks = begin < run.key_end ? (run.key_end - begin + step - 1) / step : 0;
+    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + (my_rank(plan) * crew + mate) * L::kKeys;
+    const int step = (crew << plan.team_shift) * L::kKeys;
+    const int behind = run.key_end - begin + step - 1;  // 0 blocks where it is too small
+    const int blocks = begin < run.key_end ? (solo ? behind / L::kKeys : access.by_step(behind)) : 0;
     const uint32_t readable = uint32_t(run.key_end - run.seen.lo);  // keys from run.seen.lo on
     const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + run.kv_head * p.k_stride_h;
     const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + run.kv_head * p.v_stride_h;
@@ -161,7 +171,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
     const int* const table = p.block_tables + int64_t(run.seq) * p.table_stride;
     auto load_pages = [&](int first) {
       const int key = begin + (first + lane % 16) * step + 8 * half;
-      return key < run.key_end ? __ldg(table + (key >> p.block_shift)) : -1;
+      return key < run.key_end ? table[key >> p.block_shift] : -1;
     };
     int page_ids = load_pages(0), next_ids = load_pages(16);
 
@@ -216,8 +226,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
                        scales_lane + uint64_t(page) * scale_block + uint64_t(at + lane % 8) * scale_row, valid);
     };
 
-    // ---- Q's rows, every warps-th one to this warp: loads fly while the pipeline is filled
-    constexpr int kWords = (kDim / 2 + 31) / 32, kMine = L::kRows / L::kWarps;
+    // ---- Q's rows, every crew-th one to this warp: loads fly while the pipeline is filled
+    constexpr int kWords = (kDim / 2 + 31) / 32, kMine = kSolo ? 4 : L::kRows / L::kWarps;
     uint32_t words[kMine][kWords];
     auto read_query = [&](int r, uint32_t (&out)[kWords]) {
       const int64_t row = r < run.rows ? run.query_row(p, plan, r) : -1;
@@ -228,8 +238,8 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
         const int pair = lane + 32 * i;
         out[i] = 0;
         if (row < 0 || 2 * pair >= p.head_dim) continue;
-        out[i] = access.query_pairs ? __ldg(reinterpret_cast<const uint32_t*>(q + 2 * pair))
-                                    : uint32_t(__ldg(q + 2 * pair)) | uint32_t(__ldg(q + 2 * pair + 1)) << 16;
+        out[i] = access.query_pairs ? *reinterpret_cast<const uint32_t*>(q + 2 * pair)
+                                    : uint32_t(q[2 * pair]) | uint32_t(q[2 * pair + 1]) << 16;
       }
     };
     auto store_query = [&](int r, uint32_t (&in)[kWords]) {
@@ -255,7 +265,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
       }
     };
 #pragma unroll
-    for (int u = 0; u < kMine; ++u) read_query(warp + u * warps, words[u]);
+    for (int u = 0; u < kMine; ++u) read_query(mate + u * crew, words[u]);
 #pragma unroll 1
     for (int i = 0; i < L::kStages - 1; ++i) {
       if (i < blocks)
@@ -265,13 +275,13 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
       cp_async_commit();
     }
 #pragma unroll
-    for (int u = 0; u < kMine; ++u) store_query(warp + u * warps, words[u]);
+    for (int u = 0; u < kMine; ++u) store_query(mate + u * crew, words[u]);
 #pragma unroll 1
-    for (int r = warp + kMine * warps; r < L::kRows; r += warps) {  // fewer warps
+    for (int r = mate + kMine * crew; r < L::kRows; r += crew) {  // fewer warps
       read_query(r, words[0]);
       store_query(r, words[0]);
     }
-    __syncthreads();
+    meet_crew(solo);
 
     auto load_query = [&](uint32_t (&b)[4], int n, int s) {  // tile n, k-steps s and s + 1
       ldmatrix_x4(b, query_at + swizzle<kDim / 8>(8 * n + lane % 8, 2 * s + lane / 8) * 16);
@@ -300,7 +310,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
       position[n][h] = run.position(plan, r);
       seen[n][h] = r < run.rows ? visible_keys(p, position[n][h], run.keys) : KeyRange{0, 0};
       row_mul[n][h] = kScaledQuery ? query_scales[r] : 1.f;
-      slope[n][h] = p.alibi_slopes && r < run.rows ? __ldg(p.alibi_slopes + run.head(plan, r)) * kLog2e : 0.f;
+      slope[n][h] = p.alibi_slopes && r < run.rows ? p.alibi_slopes[run.head(plan, r)] * kLog2e : 0.f;
     }
     // Blocks that begin in [plain_lo, plain_hi] are seen whole by all of the run's rows (then rows that pad the tile
     // see them, too: their results go nowhere), and their logits are products times a number.
@@ -424,7 +434,6 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
     };
 
     // ---- the warp's loop: the slot of block i - 1 is refilled once all lanes are past it
-    const uint32_t last_slot = slots + (L::kStages - 1) * L::kSlotBytes;
     uint32_t slot = slots, free_slot = last_slot;
 #pragma unroll 1
     for (int i = 0, key = begin; i < blocks; ++i, key += step) {
@@ -463,15 +472,18 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTile
         *reinterpret_cast<float2*>(row + 16 * m + 2 * g) = make_float2(o[n][m][h] * back, o[n][m][h + 2] * back);
     }
     if (lane == 0) parts[warp].rows = reinterpret_cast<const float*>(my_slots);
-    __syncthreads();
-    combine<T, kDim, L::kWarps>(p, plan, run, parts, warps);
+    meet_crew(solo);
+    combine<T, kDim, L::kWarps>(p, plan, run, solo ? parts + warp : parts, crew, solo);
     if (!run.whole() && plan.splits == 0) {
       if (threadIdx.x == 0) scratch.pending[pending] = run;
       ++pending;
     }
-    __syncthreads();
+    if (solo)
+      __syncwarp();
+    else
+      meet(plan);
   }
-  settle<T, kDim>(p, plan, scratch, sizeof(T), pending);
+  settle<T, kDim>(p, plan, scratch, sizeof(T), pending, stretch.filled);
 }
 
 }  // namespace pagedkv

@@ -22,7 +22,7 @@ void launch(const AttentionParams& p, int num_splits, const Tensor& like, cudaSt
   }
   const bool vectors = reinterpret_cast<uintptr_t>(p.q) % 16 == 0 && (p.q_stride_t | p.q_stride_h) % 4 == 0;
   Plan plan;
-  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, ctas, like, plan);
+  const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, {ctas}, like, plan);
   launch_planned(kernel, plan, kSimtThreads, kBytes, stream, p, plan, vectors);
 }
 

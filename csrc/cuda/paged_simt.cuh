@@ -46,12 +46,13 @@ __global__ void __launch_bounds__(kSimtThreads)
   constexpr int kColumns = kDim / 4;
   static_assert(kSimtThreads / kKeyTile * kRowsEach == kRowTile && kSimtThreads / 32 * 4 == kRowTile);
 
+  begin_planned(p, plan);
   extern __shared__ __align__(128) uint8_t shared[];
   L& s = *reinterpret_cast<L*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool paged = p.block_tables != nullptr;
 
-  Stretch stretch = plan_stretch(p, plan, s.plan);
+  Stretch stretch = plan_stretch<false>(p, plan, s.plan);
   int pending = 0;
 #pragma unroll 1
   while (stretch.left > 0) {
@@ -62,8 +63,7 @@ __global__ void __launch_bounds__(kSimtThreads)
       const int64_t row = r < run.rows ? run.query_row(p, plan, r) : -1;
       if (row >= 0 && col < p.head_dim) {
         const float* q = static_cast<const float*>(p.q) + row * p.q_stride_t + run.head(plan, r) * p.q_stride_h + col;
-        value = query_vectors ? __ldg(reinterpret_cast<const float4*>(q))
-                              : make_float4(__ldg(q), __ldg(q + 1), __ldg(q + 2), __ldg(q + 3));
+        value = query_vectors ? *reinterpret_cast<const float4*>(q) : make_float4(q[0], q[1], q[2], q[3]);
       }
       *reinterpret_cast<float4*>(s.query + r * kDim + col) = value;
     }
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(kSimtThreads)
         float x[8] = {};
         if (at[r] >= 0 && col < p.head_dim) {
           if constexpr (kQuantized) {
-            const uint2 bytes = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(base) + at[r] + col));
+            const uint2 bytes = *reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(base) + at[r] + col);
 #pragma unroll
             for (int b = 0; b < 8; ++b)
               x[b] = dequantize1<kKV>(uint8_t((b < 4 ? bytes.x : bytes.y) >> (8 * (b % 4)))) * scale[r];
           } else {
             const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(base) + at[r] + col);
-            const float4 a = __ldg(from), b = __ldg(from + 1);
+            const float4 a = from[0], b = from[1];
             x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
           }
         }
@@ -107,11 +107,11 @@ __global__ void __launch_bounds__(kSimtThreads)
               k_at = k_offset(p, block, pos, run.kv_head), v_at = v_offset(p, block, pos, run.kv_head);
               if constexpr (kQuantized) {
                 const int64_t at = scale_offset(p, block, pos, run.kv_head);
-                s.k_scale[threadIdx.x] = __ldg(p.k_scale + at), s.v_scale[threadIdx.x] = __ldg(p.v_scale + at);
+                s.k_scale[threadIdx.x] = p.k_scale[at], s.v_scale[threadIdx.x] = p.v_scale[at];
               }
             }
           } else {
-            const int64_t row = int64_t(__ldg(p.key_start + run.seq)) + pos;
+            const int64_t row = int64_t(p.key_start[run.seq]) + pos;
             if (row >= 0 && row < p.num_blocks) {
               k_at = row * p.k_stride_t + run.kv_head * p.k_stride_h;
               v_at = row * p.v_stride_t + run.kv_head * p.v_stride_h;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kSimtThreads)
           visible = pos >= seen.lo && pos < seen.hi;
           x[r] *= p.scale;
           if (p.softcap > 0) x[r] = p.softcap * tanhf(x[r] / p.softcap);
-          if (p.alibi_slopes) x[r] += __ldg(p.alibi_slopes + run.head(plan, row)) * float(pos - position);
+          if (p.alibi_slopes) x[r] += p.alibi_slopes[run.head(plan, row)] * float(pos - position);
         }
         if (!visible) x[r] = kNegInf;
       }
@@ -212,14 +212,14 @@ __global__ void __launch_bounds__(kSimtThreads)
         *reinterpret_cast<float2*>(s.rows + (4 * warp + r) * part_row<kDim> + kDim) = make_float2(top[r], sum[r]);
     if (threadIdx.x == 0) s.part = {run, s.rows};
     __syncthreads();
-    combine<float, kDim, 1>(p, plan, run, &s.part, 1);
+    combine<float, kDim, 1>(p, plan, run, &s.part, 1, false);
     if (!run.whole() && plan.splits == 0) {
       if (threadIdx.x == 0) s.plan.pending[pending] = run;
       ++pending;
     }
-    __syncthreads();
+    meet(plan);
   }
-  settle<float, kDim>(p, plan, s.plan, 4, pending);
+  settle<float, kDim>(p, plan, s.plan, 4, pending, stretch.filled);
 }
 
 }  // namespace pagedkv

@@ -1,41 +1,41 @@
 // Sampling without a sort (contract, distribution and random stream: torch_pagedkv/ops/sampling.py; csrc/philox.h).
 //
-// A row is split into pieces, as many as fill the GPU (one row of 128k logits: 32), a block each:
-//     race           argmax of z - log(E) over the kept entries, as a 64-bit key (+inf flag, score, lowest index)
-//     pick           the best of the pieces, when there is more than one
-// and where top_k, top_p or min_p is given at all, before these:
-//     maxima         the largest logit of each of 256 parts of the row or more
-//     collect        where k of the parts' maxima reach a value L, so do k entries: those that do, a little more than k
-//                    of them, go into a list. (top-p alone: those above the 256th maximum; and the mass of all.)
-//     select         a block a row ranks the list, filters it and runs the race on it. Where there was no list, or it
-//     is
-//                    too long (kList), or has too little mass, the block finds the thresholds digit by digit (11, 11
-//                    and 10 bits of a uint32 key in the order of z, for top-k, then for top-p) in histograms of its
-//                    own, and leaves the race to the two kernels above, which rows that are done skip.
-// Weight is 1 for top-k; for top-p the mass exp(z - max) as a fixed-point integer. Sums are of integers, so no result
-// depends on the order of atomics, on the grid or on the batch. The fixed point has 62 - log2(V) fractional bits (45
-// for 128k), an error below that of the float32 exponential.
+// The logits are read once:
+//     scan     of every group of 256 entries the largest logit and, for rows that need it, the mass, the sum of
+//              exp((x - largest) / temperature). Eight lanes a group, four loads of 16 bytes each in flight.
+//     choose   a block a row, which works on the groups' summaries and reads no more than a few groups again:
+//       argmax        the best of the summaries, which hold the largest entry's index in that case
+//       no filter     the heats: one random number a group, then one for each entry of the group that won
+//       filters       where k groups reach a level, so do k entries: those that do, a few more than k of them, go from
+//                     such groups into a list, which is ranked, filtered and raced. (top-p alone: the best 256 groups;
+//                     min-p alone: the level is known.) Where the list is too long (kList), or has too little mass,
+//                     the block finds the thresholds digit by digit (11, 11 and 10 bits of a uint32 key in the order
+//                     of z, for top-k, then for top-p) in histograms over the row, and runs the race over all of it.
+// Both in one kernel, a block a row, where rows fill the device; two kernels otherwise.
+//
+// A mass is summed in a fixed order inside its group. Beyond groups, top-p adds masses as fixed-point integers of
+// 62 - log2(V) fractional bits (45 for 128k), an error below that of the float32 exponential. So no result depends on
+// the order of atomics, on the grid or on the batch.
 //
 // Rows differ in their options: a row at temperature 0, or with an option off, skips what it does not need. If +inf
-// occurs, only such entries count and all tie, so no filter can drop one: the filters skip the row too.
+// occurs, only such entries count and all tie, so no filter can drop one: they alone are listed.
 //
-// What the race costs is Philox: 18 wide products and as many logical operations for four words. Neither logarithms nor
-// the quotient by the temperature are taken for most entries: E >= w, so an entry can win only if w <= exp(z - best)
-// for the best score so far in its block, and the least of eight entries' words is compared with one bound for their
-// largest z. A first look at each thread's first item sets that best. About 30 entries of a row get past the bound.
+// Floor: one read of the logits / 4.28 TB/s (256 x 128256 bf16: 66 MB, 15.4 us). In it, 33M exponentials take 9 us of
+// the special function units; about five instructions an entry 6 us.
 //
-// Measured, H200, vocabulary 128256, bf16, graph replay (us; before: a quotient, a bound and a logarithm an entry, and
-// six kernels over the row for top-k and top-p). The code that takes an entry past the bound has changed since, for
-// one that read and drew it again: that cost a single row 2 us.
-//     rows                     1           32           256
-//     temperature           7.7 -> 10.2  30.9 -> 25.9  165 -> 65
-//     top-k 50, top-p 0.9  42.8 -> 17.5   134 -> 24.0  472 -> 62
-//     min-p                 9.6 -> 10.4  22.6 -> 19.4  105 -> 51
-//     argmax                4.6 -> 2.8    9.8 -> 6.3  35.5 -> 20.6
-// The race alone is far from its floor (24 % of the bandwidth at 256 rows), and argmax, which reads as it does, is not.
+// Measured, H200, vocabulary 128256, bf16, graph replay (us). Before: a race of all entries, whose Philox takes nine
+// instructions an entry, and a second and third read for the filters.
+//     rows                    1            32            256
+//     temperature          9.2 -> 5.3   22.6 -> 8.4    59.8 -> 20.2
+//     top-k 50, top-p 0.9 17.5 -> 13.7  24.1 -> 17.7   62.3 -> 29.3
+//     min-p               10.3 -> 6.2   19.0 -> 10.4   49.7 -> 22.4
+//     argmax               2.8 -> 3.0    6.2 -> 5.7    23.1 -> 17.4
+// Tried at 256 rows: the next tile's loads ahead of a tile's work, 22.4 for 20.2 (registers are short then); three
+// blocks an SM, 26.4 (spills); two kernels instead of one, 25.
 //
-// Floor: one read of the logits / 4.28 TB/s for race, maxima and collect each (256 x 128256 bf16: 66 MB, 15.4 us; where
-// the rows fit into L2, the second read is faster).
+// What filters cost is latency, at one row in cycles: the level 1650 (bisection), the list 4500 (quotients and atomics
+// of few lanes), ranks 4800 and once more for masses (two warps, an entry a thread), the race 1000. A row
+// whose list is too long (top-k 1000, or top-p over flat logits) takes 165 us, 256 of them 270 to 290.
 #include "../philox.h"
 #include "reduce.cuh"
 
@@ -45,24 +45,31 @@ namespace {
 using Weight = unsigned long long;
 
 constexpr int kBlock = 512, kWarps = kBlock / 32;
-constexpr int kItem = 8;         // logits of one thread's load: two Philox blocks
-constexpr int kBlocksPerSM = 2;  // resident at once
-constexpr int kMaxPieces = 64;
-constexpr int kAhead = 2;    // items of a thread on their way while it works on one
-constexpr int kParts = 256;  // whose maxima are ranked
-constexpr int kList = 1024;  // entries
+constexpr int kScanBlock = 128;
+constexpr int kScanBlocks = 8;                // on an SM at once
+constexpr int kBlocksPerSM = 2;               // of kBlock threads, resident at once
+constexpr int kItem = 8;                      // logits of one thread's load: two Philox blocks
+constexpr int kGroup = 256;                   // entries: the contract's
+constexpr int kGroupItems = kGroup / kItem;   // 32
+constexpr int kLanes = 8;                     // that share a group
+constexpr int kLoads = kGroupItems / kLanes;  // of a lane, in flight at once
+constexpr int kTileGroups = 32 / kLanes;      // of a warp at once
+constexpr int kTileItems = kTileGroups * kGroupItems;
+constexpr int kShared = 2048;  // groups whose summaries fit into a block
+constexpr int kParts = 256;    // whose maxima top-p takes the list's level from
+constexpr int kList = 1024;    // entries
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits, kDigits = 3;
 
-// What select found for a row.
-struct Verdict {
-  uint32_t key;  // keys at or above are kept by top-k and top-p
-  bool done;     // the token is known
+struct alignas(8) Summary {
+  float top;   // the group's largest logit, NaN aside
+  float mass;  // of exp((x - top) / temperature); +inf alone counts where there is one. Greedy: the bits of top's index
 };
 
 struct SampleParams {
   const void* logits;    // [B, V], unit stride in V
   int64_t stride_bytes;  // of a row
-  int vocab, items, pieces, items_per_piece;
+  int vocab, items, groups, tiles;
+  int pieces, piece_tiles;   // of a row, where its scan has blocks of its own
   int whole;                 // items that one aligned load can take
   const int64_t* seeds;      // [B], null: argmax of every row
   const int64_t* offsets;    // [B]
@@ -70,16 +77,8 @@ struct SampleParams {
   const int* top_k;
   const float* top_p;
   const float* min_p;
-  float mass_unit;  // fixed-point units of a mass of 1
-
-  float* maxima;       // [B, maxima_count]: logits
-  int maxima_count;    // of a row: pieces * kBlock / maxima_lanes
-  int maxima_lanes;    // threads that share one
-  int* listed;         // [B]: entries, of which kList at most are stored
-  Weight* list;        // [B, kList]: (key, index)
-  Weight* mass;        // [B]: of all entries; rows that top_p alone filters
-  Verdict* verdicts;   // [B], null: no filters
-  Weight* piece_best;  // [B, pieces]
+  float mass_unit;     // fixed-point units of a mass of 1
+  Summary* summaries;  // [B, groups]; null: in shared memory
   int64_t* out;        // [B]
 };
 
@@ -88,25 +87,25 @@ struct SampleParams {
 struct Row {
   int64_t row;
   const void* logits;
-  int piece, begin, end;       // this block's items
   float temperature, inverse;  // 1: no division
   bool greedy;
+  bool top_k, top_p, min_p;  // what is on
+  __device__ __forceinline__ bool filtered() const { return top_k || top_p || min_p; }
+  // Whether the groups' masses are asked for.
+  __device__ __forceinline__ bool weighed() const { return !greedy && (!filtered() || (top_p && !top_k)); }
 };
-__device__ __forceinline__ Row this_row(const SampleParams& p, int64_t row, int piece, int items) {
+__device__ __forceinline__ Row this_row(const SampleParams& p, int64_t row) {
   Row r;
   r.row = row;
   r.logits = static_cast<const char*>(p.logits) + row * p.stride_bytes;
-  r.piece = piece;
-  r.begin = piece * items;
-  r.end = min(r.begin + items, p.items);
   r.temperature = p.temperature ? p.temperature[row] : 1.f;
   r.greedy = p.seeds == nullptr || fabsf(r.temperature) < 1e-30f;  // a quotient could overflow: its limit
   if (r.greedy) r.temperature = 1.f;
   r.inverse = 1.f / r.temperature;
+  r.top_k = p.top_k && p.top_k[row] > 0 && p.top_k[row] < p.vocab;
+  r.top_p = p.top_p && p.top_p[row] < 1.f;
+  r.min_p = p.min_p && p.min_p[row] > 0.f;
   return r;
-}
-__device__ __forceinline__ Row this_piece(const SampleParams& p) {
-  return this_row(p, blockIdx.x / p.pieces, blockIdx.x % p.pieces, p.items_per_piece);
 }
 
 // The logits of an item, as words: as an array of 16-bit elements, they would take a register each.
@@ -127,14 +126,14 @@ __device__ __forceinline__ float entry(const Item<T>& v, int i) {
   return __uint_as_float(i % 2 ? word & 0xffff0000u : word << 16);
 }
 
-// One item of the row; -inf beyond its end and beyond the piece's.
+// One item of the row; -inf beyond its end.
 template <class T>
 __device__ __forceinline__ Item<T> load_item(const SampleParams& p, const Row& r, int item) {
-  if (item < min(r.end, p.whole)) return static_cast<const Item<T>*>(r.logits)[item];
+  if (item < p.whole) return static_cast<const Item<T>*>(r.logits)[item];
   Item<T> v;
 #pragma unroll
   for (uint32_t& word : v.word) word = sizeof(T) == 4 ? kNothing<T> : kNothing<T> * 0x10001u;
-  if (item >= r.end) return v;
+  if (item >= p.items) return v;
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
   const Bits* const x = static_cast<const Bits*>(r.logits) + int64_t(item) * kItem;
 #pragma unroll
@@ -148,33 +147,36 @@ __device__ __forceinline__ Item<T> load_item(const SampleParams& p, const Row& r
   return v;
 }
 
-// f(item, its logits) for this thread's items, with kAhead loads that run ahead.
-template <class T, class F>
-__device__ __forceinline__ void for_each_item(const SampleParams& p, const Row& r, F f) {
-  const int first = r.begin + int(threadIdx.x);
-  Item<T> ahead[kAhead];
-#pragma unroll
-  for (int a = 0; a < kAhead; ++a) ahead[a] = load_item<T>(p, r, first + a * kBlock);
-  for (int item = first; item < r.end;) {
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a, item += kBlock) {
-      const Item<T> now = ahead[a];
-      ahead[a] = load_item<T>(p, r, item + kAhead * kBlock);
-      if (item < r.end) f(item, now);
-    }
-  }
+template <class T>
+__device__ __forceinline__ float load_entry(const Row& r, int i) {
+  return to_float(static_cast<const T*>(r.logits)[i]);
 }
 
-// The largest of an item's logits; NaN does not count.
+// The larger of each two entries, of an item's entries; NaN does not count.
 __device__ __forceinline__ __half2 larger(__half2 a, __half2 b) { return __hmax2(a, b); }
 __device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+template <class T>
+using Word =
+    std::conditional_t<sizeof(T) == 4, float, std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>>;
+template <class T>
+__device__ __forceinline__ Item<T> larger(const Item<T>& a, const Item<T>& b) {
+  constexpr int n = sizeof(Item<T>) / 4;
+  Word<T> x[n], y[n];
+  memcpy(x, a.word, sizeof x);
+  memcpy(y, b.word, sizeof y);
+#pragma unroll
+  for (int i = 0; i < n; ++i) x[i] = larger(x[i], y[i]);
+  Item<T> most;
+  memcpy(most.word, x, sizeof x);
+  return most;
+}
 template <class T>
 __device__ __forceinline__ float item_max(const Item<T>& v) {
   if constexpr (sizeof(T) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    Pair x[kItem / 2];
+    Word<T> x[kItem / 2];
     memcpy(x, v.word, sizeof x);
-    const Pair best = larger(larger(x[0], x[1]), larger(x[2], x[3]));
+    const Word<T> best = larger(larger(x[0], x[1]), larger(x[2], x[3]));
     return fmaxf(fmaxf(-INFINITY, to_float(best.x)), to_float(best.y));
   } else {
     float best = -INFINITY;
@@ -189,8 +191,17 @@ __device__ __forceinline__ float exact_z(const Row& r, float x) {
   if (r.temperature != 1.f) x = __fdiv_rn(x, r.temperature);
   return isnan(x) ? -INFINITY : x;
 }
+// z - z_top of a logit and one that is not smaller, also where both are infinite; NaN is -inf.
+__device__ __forceinline__ float below(const Row& r, float x, float top) {
+  return x == top ? 0.f : x < top ? (x - top) * r.inverse : -INFINITY;
+}
 // How far z and a product with the inverse temperature, or two roundings of a score, may be apart.
 __device__ __forceinline__ float slack(float z) { return 1e-3f + 1e-6f * fabsf(z); }
+// No such product is below it where the quotient is z or more.
+__device__ __forceinline__ float bound_of(float z) {
+  z = fminf(z, 3e38f);
+  return z - slack(z);
+}
 
 // uint32 in the order of the floats; -0 counts as +0, so that equal floats have equal keys
 __device__ __forceinline__ uint32_t order_key(float x) {
@@ -201,28 +212,140 @@ __device__ __forceinline__ float key_float(uint32_t key) {
   return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }
 
-// The largest z of the row.
-__device__ __forceinline__ float max_of_row(const SampleParams& p, const Row& r, Scratch<float>& scratch) {
-  float best = -INFINITY;
-  for (int i = threadIdx.x; i < p.maxima_count; i += kBlock) best = fmaxf(best, p.maxima[r.row * p.maxima_count + i]);
-  return exact_z(r, row_reduce(best, scratch, -INFINITY, Max{}));
+// the scan -----------------------------------------------------------------------------------------------------------
+
+// exp2 with flush of denormals; exp2(-inf) = 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A tile's logits, by one warp: kLanes lanes a group.
+template <class T>
+struct Tile {
+  Item<T> v[kLoads];
+};
+template <class T>
+__device__ __forceinline__ Tile<T> load_tile(const SampleParams& p, const Row& r, int tile) {
+  const int lane = threadIdx.x % 32;
+  const int first = tile * kTileItems + lane / kLanes * kGroupItems + lane % kLanes;
+  Tile<T> t;
+  if ((tile + 1) * kTileItems <= p.whole) {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) t.v[j] = static_cast<const Item<T>*>(r.logits)[first + j * kLanes];
+  } else {
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) t.v[j] = load_item<T>(p, r, first + j * kLanes);
+  }
+  return t;
+}
+
+// Its groups' summaries.
+template <class T>
+__device__ __forceinline__ void summarize(const SampleParams& p, const Row& r, int tile, const Tile<T>& t,
+                                          Summary* summaries) {
+  constexpr float kLog2e = 1.44269504f;
+  const int lane = threadIdx.x % 32, group = tile * kTileGroups + lane / kLanes;
+  const float top = group_reduce(item_max(larger(larger(t.v[0], t.v[1]), larger(t.v[2], t.v[3]))), kLanes, Max{});
+  float mass = 0.f;
+  if (r.weighed()) {
+    const float scale = r.inverse * kLog2e, bias = -top * scale;
+    float part[4]{};
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+#pragma unroll
+      for (int i = 0; i < kItem; ++i) part[i % 4] += exp2_fast(fmaf(entry(t.v[j], i), scale, bias));
+    mass = (part[0] + part[1]) + (part[2] + part[3]);
+    if (!(mass < 2.f * kGroup)) {  // NaN and infinities
+      mass = 0.f;
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j)
+#pragma unroll
+        for (int i = 0; i < kItem; ++i)
+          if (top > -INFINITY) mass += exp2_fast(below(r, entry(t.v[j], i), top) * kLog2e);
+    }
+    mass = group_reduce(mass, kLanes, Sum{});
+  } else if (r.greedy) {
+    int index = kGroup;
+#pragma unroll
+    for (int j = kLoads - 1; j >= 0; --j)
+#pragma unroll
+      for (int i = kItem - 1; i >= 0; --i)
+        if (entry(t.v[j], i) == top) index = j * kLanes * kItem + i;
+    index = -group_reduce(-index - lane % kLanes * kItem, kLanes, Max{});
+    mass = __uint_as_float(uint32_t(group * kGroup + index));
+  }
+  if (lane % kLanes == 0 && group < p.groups) summaries[group] = {top, mass};
+}
+
+// Tiles [first, end), the block's warps in turn.
+template <class T>
+__device__ __forceinline__ void scan(const SampleParams& p, const Row& r, int first, int end, Summary* summaries) {
+  const int step = blockDim.x / 32;
+  for (int tile = first + threadIdx.x / 32; tile < end; tile += step)
+    summarize<T>(p, r, tile, load_tile<T>(p, r, tile), summaries);
 }
 
 // the race -----------------------------------------------------------------------------------------------------------
 
-// (+inf flag, score, lowest index) in the order in which candidates win; 0: none. Any score above -inf gives more than
-// 0.
-__device__ __forceinline__ Weight candidate(bool infinite, float score, int index) {
-  return Weight(infinite) << 63 | Weight(order_key(score)) << 31 | Weight(0x7fffffff - index);
+// (score, lowest index) in the order in which candidates win; 0: none. Scores are above -inf.
+__device__ __forceinline__ Weight candidate(float score, int index) {
+  return Weight(order_key(score)) << 31 | Weight(0x7fffffff - index);
 }
-__device__ __forceinline__ int64_t token_of(Weight best) {
-  return best == 0 ? -1 : 0x7fffffff - int64_t(best & 0x7fffffff);
-}
+__device__ __forceinline__ int token_of(Weight best) { return best == 0 ? -1 : 0x7fffffff - int(best & 0x7fffffff); }
 // z - log(E), E = -log1p(-w)
-__device__ __forceinline__ float score_of(float z, uint32_t word) {
-  const float race = -logf(-log1pf(-philox_uniform(word)));
-  return isinf(z) ? race : z + race;
+__device__ __forceinline__ float score_of(float z, uint32_t word) { return z - logf(-log1pf(-philox_uniform(word))); }
+
+__device__ __forceinline__ uint32_t pick_word(const PhiloxWords& words, int i) {
+  return i == 0 ? words.x[0] : i == 1 ? words.x[1] : i == 2 ? words.x[2] : words.x[3];
 }
+__device__ __forceinline__ uint32_t entry_word(const PhiloxStream& stream, int index) {
+  return pick_word(philox4(stream, uint32_t(index) / 4), index % 4);
+}
+__device__ __forceinline__ uint32_t group_word(const PhiloxStream& stream, int group) {
+  return pick_word(philox4(stream, uint32_t(group) / 4, 1), group % 4);
+}
+
+// A digit's histogram: a bin's 64-bit weight is two words, since shared memory adds 32-bit integers natively, and the
+// carry is known from the value that the add returns.
+struct Histogram {
+  uint32_t low[kBins], high[kBins];
+};
+
+// The largest over the block, in all of its threads: two reductions of a warp in hardware instead of ten shuffles.
+__device__ __forceinline__ uint32_t block_max(uint32_t x, uint32_t (&scratch)[kWarps]) {
+  x = __reduce_max_sync(kFullWarp, x);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  return __reduce_max_sync(kFullWarp, scratch[threadIdx.x % kWarps]);
+}
+__device__ __forceinline__ Weight warp_max(Weight x) {
+  const uint32_t high = __reduce_max_sync(kFullWarp, uint32_t(x >> 32));
+  return Weight(high) << 32 | __reduce_max_sync(kFullWarp, uint32_t(x >> 32) == high ? uint32_t(x) : 0u);
+}
+__device__ __forceinline__ Weight block_max(Weight x, Weight (&scratch)[kWarps]) {
+  x = warp_max(x);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  return warp_max(scratch[threadIdx.x % kWarps]);
+}
+
+// What the threads of a row's block share.
+struct Shared {
+  uint32_t keys[2][kWarps];
+  Weight best[2][kWarps];
+  Scratch<Weight> masses_of_warps[2];
+  int marked, listed;  // groups, entries
+  uint32_t score;      // the race's best
+  union {
+    struct {
+      int groups[kList];                  // that reach the level
+      Weight list[kList], masses[kList];  // (key, index)
+    };
+    Histogram histogram;
+  };
+};
 
 struct Keep {
   uint32_t key;         // top-k, top-p: at or above it
@@ -231,150 +354,85 @@ struct Keep {
 __device__ __forceinline__ bool is_kept(const Keep& k, float z) {
   return z > -INFINITY && order_key(z) >= k.key && !(k.min_mass > 0.f && expf(z - k.top) < k.min_mass);
 }
-__device__ __forceinline__ Keep keep_of(const SampleParams& p, const Row& r, float top, uint32_t key) {
-  const bool min_p = p.min_p && p.min_p[r.row] > 0.f && !isinf(top);
-  return {key, top, min_p ? fminf(p.min_p[r.row], 1.f) : 0.f};
+
+// f(item, its logits) for this thread's items of the whole row, with kAhead loads that run ahead.
+template <class T, class F>
+__device__ __forceinline__ void for_each_item(const SampleParams& p, const Row& r, F f) {
+  constexpr int kAhead = 2;
+  Item<T> ahead[kAhead];
+#pragma unroll
+  for (int a = 0; a < kAhead; ++a) ahead[a] = load_item<T>(p, r, int(threadIdx.x) + a * kBlock);
+  for (int item = threadIdx.x; item < p.items;) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a, item += kBlock) {
+      const Item<T> now = ahead[a];
+      ahead[a] = load_item<T>(p, r, item + kAhead * kBlock);
+      if (item < p.items) f(item, now);
+    }
+  }
 }
 
-struct Words {
-  uint32_t x[kItem];
-};
-__device__ __forceinline__ Words item_words(const PhiloxStream& stream, int item) {
-  const PhiloxWords a = philox4(stream, uint32_t(item) * 2), b = philox4(stream, uint32_t(item) * 2 + 1);
-  return {{a.x[0], a.x[1], a.x[2], a.x[3], b.x[0], b.x[1], b.x[2], b.x[3]}};
-}
-
-// The word of one entry.
-__device__ __forceinline__ uint32_t entry_word(const PhiloxStream& stream, int index) {
-  const PhiloxWords words = philox4(stream, uint32_t(index) / 4);
-  const int i = index % 4;
-  return i == 0 ? words.x[0] : i == 1 ? words.x[1] : i == 2 ? words.x[2] : words.x[3];
-}
-
-// The best candidate among this thread's items. `shared_best`: the key of the best score of a finite entry in the
-// block.
+// The race over all that is kept, however much that is; this thread's best candidate. E >= w, so an entry can win only
+// if w <= exp(z - best) for the best score so far in the block: neither logarithms nor the quotient by the temperature
+// are taken for most entries.
 template <class T>
-__device__ __forceinline__ Weight run_race(const SampleParams& p, const Row& r, const Keep& keep,
-                                           uint32_t& shared_best) {
+__device__ __forceinline__ Weight run_race(const SampleParams& p, const Row& r, const Keep& keep, Shared& shared) {
   const PhiloxStream stream = philox_stream(p.seeds[r.row], p.offsets[r.row]);
+  const bool infinite = isinf(keep.top);
   float lowest = keep.key == 0 ? -INFINITY : key_float(keep.key);  // of what is kept
   if (keep.min_mass > 0.f) lowest = fmaxf(lowest, keep.top + logf(keep.min_mass));
-  const float surely = lowest > -INFINITY ? lowest + slack(lowest) : -INFINITY, hardly = lowest - slack(lowest);
-
+  const float hardly = bound_of(lowest);
+  __syncthreads();
+  if (threadIdx.x == 0) shared.score = order_key(-INFINITY);
+  __syncthreads();
   Weight best = 0;
-  const auto consider = [&](int item, const Item<T>& v, const Words& words) {
+  for_each_item<T>(p, r, [&](int item, const Item<T>& v) {
     const float z = item_max<T>(v) * r.inverse;
     if (z < hardly || z == -INFINITY) return;
-    const float d = z - key_float(*const_cast<volatile uint32_t*>(&shared_best)) + slack(z);
+    const PhiloxWords words[2] = {philox4(stream, uint32_t(item) * 2), philox4(stream, uint32_t(item) * 2 + 1)};
+    const float d = z - key_float(*const_cast<volatile uint32_t*>(&shared.score)) + slack(z);
     // The largest word with w <= exp(d); any where d is not below 0, or not a number.
     const uint32_t limit = d < 0.f ? __float2uint_rz(exp2f(fmaf(d, 1.44269504f, 32.f))) : 0xffffffffu;
-    uint32_t least = words.x[0];
-#pragma unroll
-    for (int i = 1; i < kItem; ++i) least = min(least, words.x[i]);
-    if (least > limit) return;
     int mask = 0;
 #pragma unroll
-    for (int i = 0; i < kItem; ++i) mask |= int(words.x[i] <= limit) << i;
+    for (int i = 0; i < kItem; ++i) mask |= int(words[i / 4].x[i % 4] <= limit) << i;
 #pragma unroll 1
     for (; mask != 0; mask &= mask - 1) {  // few: one copy of the code, its operands picked from registers
       const int e = __ffs(mask) - 1;
       float x = entry(v, 0);
-      uint32_t word = words.x[0];
 #pragma unroll
-      for (int i = 1; i < kItem; ++i) x = e == i ? entry(v, i) : x, word = e == i ? words.x[i] : word;
+      for (int i = 1; i < kItem; ++i) x = e == i ? entry(v, i) : x;
       x = exact_z(r, x);
       if (!is_kept(keep, x)) continue;
-      const float score = score_of(x, word);
-      if (!isinf(x)) atomicMax(&shared_best, order_key(score));
-      best = max(best, candidate(isinf(x), score, item * kItem + e));
+      const float score = score_of(infinite ? 0.f : x, pick_word(e < 4 ? words[0] : words[1], e % 4));
+      if (!infinite) atomicMax(&shared.score, order_key(score));
+      best = max(best, candidate(score, item * kItem + e));
     }
-  };
-
-  // A first look at an item: its scores from below, where entries are surely kept. E <= 1.39 w for w <= 1/2, and
-  // log 1.39 < 0.35.
-  const int first = r.begin + int(threadIdx.x);
-  const Item<T> v = load_item<T>(p, r, first);
-  const Words words = item_words(stream, first);
-  float bound = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kItem; ++i) {
-    const float z = entry(v, i) * r.inverse, w = philox_uniform(words.x[i]);
-    if (z >= surely && fabsf(z) < 1e38f && w < 0.5f) bound = fmaxf(bound, z - __logf(w) - 0.35f - slack(z));
-  }
-  bound = group_reduce(bound, 32, Max{});
-  if (threadIdx.x == 0) shared_best = order_key(-INFINITY);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) atomicMax(&shared_best, order_key(bound));
-  __syncthreads();
-  if (first < r.end) consider(first, v, words);
-  Row rest = r;
-  rest.begin += kBlock;
-  for_each_item<T>(p, rest, [&](int item, const Item<T>& x) { consider(item, x, item_words(stream, item)); });
-  return best;
-}
-
-template <class T>
-__device__ __forceinline__ Weight run_argmax(const SampleParams& p, const Row& r) {
-  Weight best = 0;
-  float top = -INFINITY;
-  for_each_item<T>(p, r, [&](int item, const Item<T>& v) {
-    const float z = item_max<T>(v);
-    if (!(z > top)) return;  // a thread's indices rise, so the first of equals stays
-    top = z;
-    int first = kItem;
-#pragma unroll
-    for (int i = kItem - 1; i >= 0; --i)
-      if (entry(v, i) == z) first = i;
-    best = candidate(isinf(z), z, item * kItem + first);
   });
   return best;
 }
 
-template <class T, bool sampled>
-__global__ void __launch_bounds__(kBlock, kBlocksPerSM) race_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ Scratch<Weight> scratch;
-  __shared__ Scratch<float> max_scratch;
-  __shared__ uint32_t shared_best;
-  begin_kernel();
-  const Row r = this_piece(p);
-  Verdict verdict{};
-  if (p.verdicts) verdict = p.verdicts[r.row];
-  if (verdict.done) return;
-  Weight best;
-  if (!sampled || r.greedy) {
-    best = run_argmax<T>(p, r);
-  } else {
-    const float top = p.maxima ? max_of_row(p, r, max_scratch) : 0.f;
-    best = run_race<T>(p, r, keep_of(p, r, top, verdict.key), shared_best);
-  }
-  best = row_reduce(best, scratch, Weight(0), Max{});
-  if (threadIdx.x != 0) return;
-  if (p.pieces == 1)
-    p.out[r.row] = token_of(best);
-  else
-    p.piece_best[r.row * p.pieces + r.piece] = best;
-}
-
-__global__ void __launch_bounds__(kBlock) pick_kernel(const __grid_constant__ SampleParams p, int64_t rows) {
-  begin_kernel();
-  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;  // one warp a row
-  if (row >= rows || (p.verdicts && p.verdicts[row].done)) return;
+// Without filters: the best group, and the best of its entries.
+template <class T>
+__device__ __forceinline__ int run_heats(const SampleParams& p, const Row& r, const Summary* summaries, float top,
+                                         Shared& shared) {
+  const PhiloxStream stream = philox_stream(p.seeds[r.row], p.offsets[r.row]);
   Weight best = 0;
-  for (int i = threadIdx.x % 32; i < p.pieces; i += 32) best = max(best, p.piece_best[row * p.pieces + i]);
-  best = group_reduce(best, 32, Max{});
-  if (threadIdx.x % 32 == 0) p.out[row] = token_of(best);
+  for (int g = threadIdx.x; g < p.groups; g += kBlock) {
+    const float z = below(r, summaries[g].top, top) + logf(summaries[g].mass);
+    if (z > -INFINITY) best = max(best, candidate(score_of(z, group_word(stream, g)), g));
+  }
+  const int group = token_of(block_max(best, shared.best[0])), i = group * kGroup + int(threadIdx.x);
+  best = 0;
+  if (group >= 0 && threadIdx.x < kGroup && i < p.vocab) {  // none: a temperature that is not a number
+    const float z = below(r, load_entry<T>(r, i), summaries[group].top);
+    if (z > -INFINITY) best = candidate(score_of(z, entry_word(stream, i)), i);
+  }
+  return token_of(block_max(best, shared.best[1]));
 }
 
 // the filters --------------------------------------------------------------------------------------------------------
 
-// Which filters do anything to a row whose largest z is `top`.
-struct Active {
-  bool top_k, top_p;
-};
-__device__ __forceinline__ Active active(const SampleParams& p, const Row& r, float top) {
-  if (r.greedy || isinf(top)) return {false, false};
-  return {p.top_k && p.top_k[r.row] > 0 && p.top_k[r.row] < p.vocab, p.top_p && p.top_p[r.row] < 1.f};
-}
 __device__ __forceinline__ Weight mass_of(const SampleParams& p, float z, float top) {
   return __float2ull_rn(expf(z - top) * p.mass_unit);
 }
@@ -384,85 +442,6 @@ __device__ __forceinline__ Weight needed_mass(const SampleParams& p, const Row& 
   return max(Weight(1), min(total, Weight(ceil(mass))));
 }
 
-template <class T>
-__global__ void __launch_bounds__(kBlock, kBlocksPerSM) maxima_kernel(const __grid_constant__ SampleParams p) {
-  begin_kernel();
-  const Row r = this_piece(p);
-  if (r.piece == 0 && threadIdx.x == 0 && p.verdicts) {
-    p.listed[r.row] = 0;
-    p.mass[r.row] = 0;
-  }
-  float best = -INFINITY;
-  for_each_item<T>(p, r, [&](int, const Item<T>& v) { best = fmaxf(best, item_max<T>(v)); });
-  best = group_reduce(best, p.maxima_lanes, Max{});
-  if (threadIdx.x % p.maxima_lanes == 0)
-    p.maxima[r.row * p.maxima_count + (r.piece * kBlock + threadIdx.x) / p.maxima_lanes] = best;
-}
-
-// How many of the parts' maxima must reach what collect looks for; 0: no list.
-__device__ __forceinline__ int wanted_parts(const SampleParams& p, const Row& r, const Active& on) {
-  const int parts = min(p.maxima_count, kParts);
-  if (on.top_k) return p.top_k[r.row] <= parts ? p.top_k[r.row] : 0;
-  return on.top_p ? parts : 0;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kBlock, kBlocksPerSM) collect_kernel(const __grid_constant__ SampleParams p) {
-  __shared__ float parts[kParts];
-  __shared__ Scratch<float> scratch[2];
-  __shared__ Scratch<Weight> mass_scratch;
-  begin_kernel();
-  const Row r = this_piece(p);
-  const float top = max_of_row(p, r, scratch[0]);
-  const Active on = active(p, r, top);
-  const int wanted = wanted_parts(p, r, on);
-  if (wanted == 0) return;
-
-  // The wanted-th largest of the maxima: the smallest that fewer than `wanted` exceed.
-  const int tid = threadIdx.x;
-  if (tid < kParts) {
-    float largest = -INFINITY;
-    for (int i = tid; i < p.maxima_count; i += kParts) largest = fmaxf(largest, p.maxima[r.row * p.maxima_count + i]);
-    parts[tid] = largest;
-  }
-  __syncthreads();
-  float level = INFINITY;
-  if (tid < kParts) {
-    int above = 0;
-#pragma unroll 8
-    for (int i = 0; i < kParts; ++i) above += parts[i] > parts[tid];
-    if (above < wanted) level = parts[tid];
-  }
-  level = -row_reduce(-level, scratch[1], -INFINITY, Max{});
-  level = exact_z(r, level);
-  const float hardly = level - slack(level);
-
-  const bool sum_all = !on.top_k;
-  Weight mass = 0;
-  for_each_item<T>(p, r, [&](int item, const Item<T>& v) {
-    if (sum_all) {
-#pragma unroll
-      for (int i = 0; i < kItem; ++i) mass += mass_of(p, exact_z(r, entry(v, i)), top);
-    }
-    if (item_max<T>(v) * r.inverse < hardly) return;
-#pragma unroll
-    for (int i = 0; i < kItem; ++i) {
-      const float z = exact_z(r, entry(v, i));
-      if (!(z >= level) || item * kItem + i >= p.vocab) continue;
-      const int at = atomicAdd(p.listed + r.row, 1);
-      if (at < kList) p.list[r.row * kList + at] = Weight(order_key(z)) << 32 | uint32_t(item * kItem + i);
-    }
-  });
-  if (!sum_all) return;
-  mass = row_reduce(mass, mass_scratch, Weight(0), Sum{});
-  if (tid == 0) atomicAdd(p.mass + r.row, mass);
-}
-
-// A digit's histogram: a bin's 64-bit weight is two words, since shared memory adds 32-bit integers natively, and the
-// carry is known from the value that the add returns.
-struct Histogram {
-  uint32_t low[kBins], high[kBins];
-};
 __device__ __forceinline__ void add_weight(Histogram& h, uint32_t bin, Weight weight) {
   const uint32_t low = uint32_t(weight);
   uint32_t high = uint32_t(weight >> 32);
@@ -550,96 +529,202 @@ __device__ __forceinline__ uint32_t find_threshold(const SampleParams& p, const 
   return step.prefix;
 }
 
+// A z that `wanted` parts of the row reach, so that as many entries do, a few more at most: bisection between the
+// smallest and the largest of the parts' maxima. This thread's part has the maximum `best`, and parts there are
+// `parts`.
+__device__ __forceinline__ float level_of(const Row& r, float best, float top, int parts, int wanted, Shared& shared) {
+  const bool has = int(threadIdx.x) < parts;
+  const uint32_t key = has ? order_key(best) : 0;
+  uint32_t low = ~block_max(has ? ~key : 0, shared.keys[1]);
+  uint32_t high = order_key(top) + 1;
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    const int reach = __syncthreads_count(key >= middle);
+    (reach >= wanted ? low : high) = middle;
+    if (reach >= wanted && reach <= wanted + wanted / 4) break;
+  }
+  return exact_z(r, key_float(low));
+}
+
+// The token of a row with filters. `best`: the largest logit of this thread's groups; `top`: of all.
 template <class T>
-__global__ void __launch_bounds__(kBlock) select_kernel(const __grid_constant__ SampleParams p) {
+__device__ __forceinline__ int run_filters(const SampleParams& p, const Row& r, const Summary* summaries, float best,
+                                           float top_logit, Shared& shared) {
   constexpr int kOwn = kList / kBlock;
-  __shared__ Histogram histogram;
-  __shared__ Weight list[kList], masses[kList];
-  __shared__ Scratch<float> scratch;
-  __shared__ Scratch<Weight> weights[3];
-  begin_kernel();
-  const Row r = this_row(p, blockIdx.x, 0, p.items);
-  const float top = max_of_row(p, r, scratch);
-  const Active on = active(p, r, top);
-  const int listed = p.listed[r.row];
-  Verdict verdict{};
-  bool ranked = wanted_parts(p, r, on) > 0 && listed <= kList;
+  const int tid = threadIdx.x;
+  const float top = exact_z(r, top_logit);
+  const bool infinite = isinf(top), top_k = r.top_k && !infinite, top_p = r.top_p && !infinite;
+  const int k = top_k ? p.top_k[r.row] : 0;
+  Keep keep{0, top, 0.f};
+  if (infinite) keep.key = order_key(top);
+  if (r.min_p && !infinite) keep.min_mass = fminf(p.min_p[r.row], 1.f);
+
+  // Entries that reach a level are listed: all that can be kept, where top-p does not ask for the others' mass.
+  float level = infinite ? top : -INFINITY;
+  bool complete = infinite || (!top_k && !top_p);
+  if (top_k || top_p) {
+    const int parts = min(p.groups, kBlock);
+    level = level_of(r, best, top_logit, parts, min(parts, top_k ? k : kParts), shared);
+  }
+  if (keep.min_mass > 0.f && !top_p) {
+    const float least = top + logf(keep.min_mass);
+    complete = complete || least - slack(least) >= level;
+    level = fmaxf(level, least - slack(least));
+  }
+  const float hardly = bound_of(level);
+  if (tid == 0) shared.marked = shared.listed = 0;
+  __syncthreads();
+  for (int g = tid; g < p.groups; g += kBlock) {
+    const float x = summaries[g].top;
+    if (x * r.inverse < hardly || x == -INFINITY) continue;
+    const int at = atomicAdd(&shared.marked, 1);
+    if (at < kList) shared.groups[at] = g;
+  }
+  __syncthreads();
+  const int marked = shared.marked;
+  if (marked <= kList) {
+    constexpr int kUnroll = 4;
+    for (int first = tid / 32; first < marked; first += kUnroll * kWarps) {
+      Item<T> v[kUnroll];
+      int item[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int i = first + u * kWarps;
+        item[u] = i < marked ? shared.groups[i] * kGroupItems + tid % 32 : p.items;
+        v[u] = load_item<T>(p, r, item[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (item_max(v[u]) * r.inverse < hardly) continue;
+#pragma unroll
+        for (int i = 0; i < kItem; ++i) {
+          const float x = entry(v[u], i);
+          if (x * r.inverse < hardly) continue;
+          const float z = exact_z(r, x);
+          if (!(z >= level) || z == -INFINITY) continue;
+          const int at = atomicAdd(&shared.listed, 1);
+          if (at < kList) shared.list[at] = Weight(order_key(z)) << 32 | uint32_t(item[u] * kItem + i);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  const int listed = shared.listed;
+  bool ranked = marked <= kList && listed <= kList && (complete || top_p || level == -INFINITY || listed >= k);
+
+  Weight winner = 0;
   if (ranked) {
-    for (int i = threadIdx.x; i < listed; i += kBlock) list[i] = p.list[r.row * kList + i];
-    __syncthreads();
     Weight mass = 0;
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
-      const int i = o * kBlock + threadIdx.x;
-      if (i >= listed) break;
-      const uint32_t key = uint32_t(list[i] >> 32);
+      const int i = o * kBlock + tid;
+      if (!top_p || i >= listed) break;
+      const uint32_t key = uint32_t(shared.list[i] >> 32);
       int above = 0;
 #pragma unroll 4
-      for (int j = 0; on.top_k && j < listed; ++j) above += uint32_t(list[j] >> 32) > key;
-      const bool kept = !on.top_k || above < p.top_k[r.row];
-      mass += masses[i] = kept ? mass_of(p, key_float(key), top) : 0;
+      for (int j = 0; top_k && j < listed; ++j) above += uint32_t(shared.list[j] >> 32) > key;
+      mass += shared.masses[i] = top_k && above >= k ? 0 : mass_of(p, key_float(key), top);
     }
-    mass = row_reduce(mass, weights[0], Weight(0), Sum{});  // its barrier makes `masses` visible
-    const Weight total = on.top_k ? mass : p.mass[r.row];
-    const Weight need = on.top_p ? needed_mass(p, r, total) : total;
-    ranked = mass >= need;
+    Weight need = 0;
+    if (top_p) {
+      Weight total = 0;  // of all groups
+      for (int g = tid; !top_k && g < p.groups; g += kBlock) {
+        const Summary s = summaries[g];
+        if (s.mass > 0.f) total += __float2ull_rn(expf(below(r, s.top, top_logit)) * s.mass * p.mass_unit);
+      }
+      mass = row_reduce(mass, shared.masses_of_warps[0], Weight(0), Sum{});  // its barrier makes `masses` visible
+      total = top_k ? mass : row_reduce(total, shared.masses_of_warps[1], Weight(0), Sum{});
+      need = needed_mass(p, r, total);
+      ranked = mass >= need && (!top_k || level == -INFINITY || listed >= k);
+    }
     if (ranked) {
-      const Keep keep = keep_of(p, r, top, 0);
       const PhiloxStream stream = philox_stream(p.seeds[r.row], p.offsets[r.row]);
-      Weight best = 0;
 #pragma unroll
       for (int o = 0; o < kOwn; ++o) {
-        const int i = o * kBlock + threadIdx.x;
+        const int i = o * kBlock + tid;
         if (i >= listed) break;
-        const uint32_t key = uint32_t(list[i] >> 32), index = uint32_t(list[i]);
+        const uint32_t key = uint32_t(shared.list[i] >> 32), index = uint32_t(shared.list[i]);
         int above = 0;
         Weight mass_above = 0;
 #pragma unroll 4
-        for (int j = 0; j < listed; ++j) {
-          const bool higher = uint32_t(list[j] >> 32) > key;
+        for (int j = 0; (top_k || top_p) && j < listed; ++j) {
+          const bool higher = uint32_t(shared.list[j] >> 32) > key;
           above += higher;
-          mass_above += higher ? masses[j] : 0;
+          if (top_p) mass_above += higher ? shared.masses[j] : 0;
         }
         const float z = key_float(key);
-        if ((on.top_k && above >= p.top_k[r.row]) || (on.top_p && mass_above >= need) || !is_kept(keep, z)) continue;
-        best = max(best, candidate(false, score_of(z, entry_word(stream, int(index))), int(index)));
+        if ((top_k && above >= k) || (top_p && mass_above >= need) || !is_kept(keep, z)) continue;
+        winner = max(winner, candidate(score_of(infinite ? 0.f : z, entry_word(stream, int(index))), int(index)));
       }
-      best = row_reduce(best, weights[1], Weight(0), Max{});
-      if (threadIdx.x == 0) p.out[r.row] = token_of(best);
-      verdict.done = true;
     }
   }
-  if (!ranked && (on.top_k || on.top_p)) {
-    if (on.top_k) verdict.key = find_threshold<T>(p, r, false, top, 0, histogram);
-    if (on.top_p) verdict.key = max(verdict.key, find_threshold<T>(p, r, true, top, verdict.key, histogram));
+  if (!ranked) {
+    if (top_k) keep.key = find_threshold<T>(p, r, false, top, 0, shared.histogram);
+    if (top_p) keep.key = max(keep.key, find_threshold<T>(p, r, true, top, keep.key, shared.histogram));
+    winner = run_race<T>(p, r, keep, shared);
   }
-  if (threadIdx.x == 0) p.verdicts[r.row] = verdict;
+  return token_of(block_max(winner, shared.best[0]));
+}
+
+// the kernels --------------------------------------------------------------------------------------------------------
+
+// The token of a row whose groups are summarised.
+template <class T>
+__device__ __forceinline__ void choose(const SampleParams& p, const Row& r, const Summary* summaries, Shared& shared) {
+  float best = -INFINITY;
+  for (int g = threadIdx.x; g < p.groups; g += kBlock) best = fmaxf(best, summaries[g].top);
+  const float top = key_float(block_max(order_key(best), shared.keys[0]));
+  int token = -1;
+  if (top == -INFINITY) {
+  } else if (r.greedy) {
+    Weight first = 0;
+    for (int g = threadIdx.x; g < p.groups; g += kBlock)
+      if (summaries[g].top == top) first = max(first, candidate(0.f, int(__float_as_uint(summaries[g].mass))));
+    token = token_of(block_max(first, shared.best[0]));
+  } else if (!r.filtered()) {
+    token = run_heats<T>(p, r, summaries, top, shared);
+  } else {
+    token = run_filters<T>(p, r, summaries, best, top, shared);
+  }
+  if (threadIdx.x == 0) p.out[r.row] = token;
+}
+
+// A block a row.
+template <class T>
+__global__ void __launch_bounds__(kBlock, kBlocksPerSM) row_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ Summary own[kShared];
+  __shared__ Shared shared;
+  begin_kernel();
+  const Row r = this_row(p, blockIdx.x);
+  Summary* const summaries = p.summaries ? p.summaries + r.row * p.groups : own;
+  scan<T>(p, r, 0, p.tiles, summaries);
+  __syncthreads();
+  choose<T>(p, r, summaries, shared);
+}
+
+// Several blocks a row, then one.
+template <class T>
+__global__ void __launch_bounds__(kScanBlock) scan_kernel(const __grid_constant__ SampleParams p) {
+  begin_kernel();
+  const Row r = this_row(p, blockIdx.x / p.pieces);
+  const int first = blockIdx.x % p.pieces * p.piece_tiles, end = min(first + p.piece_tiles, p.tiles);
+  scan<T>(p, r, first, end, p.summaries + r.row * p.groups);
+}
+template <class T>
+__global__ void __launch_bounds__(kBlock, kBlocksPerSM) choose_kernel(const __grid_constant__ SampleParams p) {
+  __shared__ Shared shared;
+  begin_kernel();
+  const Row r = this_row(p, blockIdx.x);
+  choose<T>(p, r, p.summaries + r.row * p.groups, shared);
 }
 
 // host ---------------------------------------------------------------------------------------------------------------
 
-// Hands out the parts of one workspace, which is sized by a first pass without memory.
-struct Arena {
-  char* base;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* const part = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
-    return part;
-  }
-};
-
 template <class T>
 void launch(const SampleParams& p, int64_t rows, cudaStream_t stream) {
-  const unsigned grid = unsigned(rows * p.pieces);
-  if (p.maxima) launch_kernel(maxima_kernel<T>, grid, kBlock, 0, stream, p);
-  if (p.verdicts) {
-    launch_kernel(collect_kernel<T>, grid, kBlock, 0, stream, p);
-    launch_kernel(select_kernel<T>, unsigned(rows), kBlock, 0, stream, p);
-  }
-  launch_kernel(p.seeds ? race_kernel<T, true> : race_kernel<T, false>, grid, kBlock, 0, stream, p);
-  if (p.pieces > 1) launch_kernel(pick_kernel, ceil_div(rows, kWarps), kBlock, 0, stream, p, rows);
+  if (p.pieces == 0) return launch_kernel(row_kernel<T>, unsigned(rows), kBlock, 0, stream, p);
+  launch_kernel(scan_kernel<T>, unsigned(rows * p.pieces), kScanBlock, 0, stream, p);
+  launch_kernel(choose_kernel<T>, unsigned(rows), kBlock, 0, stream, p);
 }
 
 Tensor run(const char* op, const Tensor& logits, SampleParams p) {
@@ -650,40 +735,28 @@ Tensor run(const char* op, const Tensor& logits, SampleParams p) {
   p.stride_bytes = logits.stride(0) * int64_t(logits.element_size());
   p.vocab = int(logits.size(1));
   p.items = int(ceil_div(p.vocab, kItem));
+  p.groups = int(ceil_div(p.vocab, kGroup));
+  p.tiles = int(ceil_div(p.groups, kTileGroups));
   p.whole = is_aligned(logits, {0}) ? p.vocab / kItem : 0;
   p.out = out.mutable_data_ptr<int64_t>();
-
-  int sms = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, logits.get_device_index()));
-  const int64_t wanted = std::clamp<int64_t>(int64_t(sms) * kBlocksPerSM / rows, 1,
-                                             std::min<int64_t>(kMaxPieces, ceil_div(p.items, kBlock)));
-  p.items_per_piece = int(ceil_div(p.items, wanted));
-  p.pieces = int(ceil_div(p.items, p.items_per_piece));
-  p.maxima_lanes = 32;
-  while (p.maxima_lanes > 1 && p.pieces * (kBlock / p.maxima_lanes) < kParts) p.maxima_lanes /= 2;
-  p.maxima_count = p.pieces * (kBlock / p.maxima_lanes);
-
   int bits = 0;
   while ((int64_t(1) << bits) < p.vocab) ++bits;
   p.mass_unit = float(int64_t(1) << (62 - bits));
-  const bool filters = p.top_k || p.top_p;
 
-  auto place = [&](char* base) {
-    Arena arena{base};
-    if (p.pieces > 1) p.piece_best = arena.take<Weight>(rows * p.pieces);
-    if (filters || p.min_p) p.maxima = arena.take<float>(rows * p.maxima_count);
-    if (!filters) return arena.used;
-    p.listed = arena.take<int>(rows);
-    p.list = arena.take<Weight>(rows * kList);
-    p.mass = arena.take<Weight>(rows);
-    p.verdicts = arena.take<Verdict>(rows);
-    return arena.used;
-  };
-  const int64_t bytes = place(nullptr);
+  // A block a row, where a warp has one tile to scan or rows fill the device evenly.
+  int sms = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, logits.get_device_index()));
+  const int64_t resident = int64_t(sms) * kBlocksPerSM, waves = ceil_div(rows, resident);
+  if (p.tiles > kWarps && rows * 10 < waves * resident * 9) {
+    constexpr int kScanWarps = kScanBlock / 32;
+    const int64_t each = ceil_div(rows * p.tiles, int64_t(sms) * kScanBlocks * kScanWarps);
+    p.piece_tiles = int(each) * kScanWarps;
+    p.pieces = int(ceil_div(p.tiles, p.piece_tiles));
+  }
   Tensor workspace = out;
-  if (bytes > 0) {
-    workspace = torch::stable::new_empty(logits, {bytes}, ScalarType::Byte);
-    place(static_cast<char*>(workspace.mutable_data_ptr()));
+  if (p.pieces > 0 || p.groups > kShared) {
+    workspace = torch::stable::new_empty(logits, {rows * p.groups * int64_t(sizeof(Summary))}, ScalarType::Byte);
+    p.summaries = static_cast<Summary*>(workspace.mutable_data_ptr());
   }
   const cudaStream_t stream = current_stream(logits);
   dispatch_cuda(logits.scalar_type(), op, [&](auto tag) { launch<decltype(tag)>(p, rows, stream); });

@@ -35,9 +35,13 @@ __device__ __forceinline__ void cp_async(uint32_t target, const void* source, bo
                  : "memory");
   }
 }
-// 16 bytes of what is read once, in rows of 128 bytes or more: L2 fetches 128 at a time.
+// 16 bytes of what is read once, in rows of 128 bytes or more: L2 fetches 128 at a time, and drops them before others.
 __device__ __forceinline__ void cp_async_stream(uint32_t target, const void* source) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+  uint64_t policy;  // the compiler makes it once
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
+               "l"(policy)
+               : "memory");
 }
 // The same, kAhead bytes at a time (64 or 128: no more than a row has), with a policy of read_once; zeros where !valid.
 template <int kAhead>
@@ -62,7 +66,7 @@ __device__ __forceinline__ void cp_async_line(uint32_t target, const void* sourc
 }
 __device__ __forceinline__ uint64_t read_once() {
   uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -37,6 +37,14 @@ __device__ __forceinline__ void hold(float x) {
       : "memory");
 }
 
+// The same of a pair of 16-bit numbers, which must not be all ones.
+__device__ __forceinline__ void hold(uint32_t x) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, %0, 0xffffffff;\nvote.sync.any.pred p, p, 0xffffffff;\n@!p bra done;\n"
+      "hold:\nnanosleep.u32 99;\nbra hold;\ndone:\n}" ::"r"(x)
+      : "memory");
+}
+
 #define PAGEDKV_R10(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
 #define PAGEDKV_R30 PAGEDKV_R10() PAGEDKV_R10(1) PAGEDKV_R10(2)
@@ -57,12 +65,12 @@ __device__ __forceinline__ void hold(float x) {
                "." type " {" registers "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n}"                                     \
                : operands                                                                                           \
                : "l"(a_descriptor), "l"(b_descriptor), "r"(int(add)))
-// d += A B: A from registers, B [k, n] MN-major where kTransposed, else K-major.
-#define PAGEDKV_WGMMA_RS(n, type, registers, a0, a1, a2, a3, b, s, tr, operands)                                     \
+// d += A B (d = A B where !add): A from registers, B [k, n] MN-major where kTransposed, else K-major.
+#define PAGEDKV_WGMMA_RS(n, type, registers, a0, a1, a2, a3, b, s, tr, ...)                                          \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #s ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type  \
                "." type " {" registers "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", p, 1, 1, %" #tr ";\n}" \
-               : operands                                                                                            \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(1), "n"(int(kTransposed)))
+               : __VA_ARGS__                                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b_descriptor), "r"(int(add)), "n"(int(kTransposed)))
 
 template <class T, int N>
 __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
@@ -82,8 +90,9 @@ __device__ __forceinline__ void multiply(float (&d)[N / 2], uint64_t a_descripto
 }
 
 template <class T, int N, bool kTransposed = true>
-__device__ __forceinline__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
-  static_assert(N == 16 || N == 32 || N == 64 || N == 128 || N == 256);
+__device__ __forceinline__ void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor,
+                                             bool add = true) {
+  static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 128 || N == 256);
   constexpr bool kHalf = std::is_same_v<T, __half>;
   if constexpr (N == 16) {
     if constexpr (kHalf)
@@ -97,6 +106,13 @@ __device__ __forceinline__ void multiply_add(float (&d)[N / 2], const uint32_t (
     else
       PAGEDKV_WGMMA_RS(32, "bf16", PAGEDKV_R10() "%10, %11, %12, %13, %14, %15", 16, 17, 18, 19, 20, 21, 22,
                        PAGEDKV_F16(0));
+  } else if constexpr (N == 48) {
+    if constexpr (kHalf)
+      PAGEDKV_WGMMA_RS(48, "f16", PAGEDKV_R10() PAGEDKV_R10(1) "%20, %21, %22, %23", 24, 25, 26, 27, 28, 29, 30,
+                       PAGEDKV_F16(0), PAGEDKV_F8(16));
+    else
+      PAGEDKV_WGMMA_RS(48, "bf16", PAGEDKV_R10() PAGEDKV_R10(1) "%20, %21, %22, %23", 24, 25, 26, 27, 28, 29, 30,
+                       PAGEDKV_F16(0), PAGEDKV_F8(16));
   } else if constexpr (N == 64) {
     if constexpr (kHalf)
       PAGEDKV_WGMMA_RS(64, "f16", PAGEDKV_R30 "%30, %31", 32, 33, 34, 35, 36, 37, 38, PAGEDKV_F32(0));

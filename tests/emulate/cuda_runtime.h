@@ -72,7 +72,7 @@ struct cudaFuncAttributes {
   size_t sharedSizeBytes;
   int ptxVersion;
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost };
 enum cudaMemcpyKind { cudaMemcpyDefault };
 struct cudaPointerAttributes {
@@ -125,7 +125,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     int programmaticStreamSerializationAllowed;
-    dim3 clusterDim;
+    uint3 clusterDim;  // kernels compiled for this device have no clusters
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -169,9 +169,39 @@ template <class... P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void (*)(P...), int, size_t) {
   return *blocks = 2, cudaSuccess;
 }
+template <class... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*)(P...), const cudaLaunchConfig_t*) {
+  return *clusters = 0, cudaSuccess;
+}
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   *a = {cudaMemoryTypeHost, const_cast<void*>(p)};
   return cudaSuccess;
+}
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = malloc(bytes), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
+  return memset(memory, byte, bytes), cudaSuccess;
+}
+
+// one stream, never captured
+enum { cudaStreamNonBlocking = 1, cudaUserObjectNoDestructorSync = 1, cudaGraphUserObjectMove = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+using cudaGraph_t = void*;
+using cudaUserObject_t = void*;
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t*, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamGetId(cudaStream_t, unsigned long long* id) { return *id = 0, cudaSuccess; }
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*,
+                                            cudaGraph_t*, const void**, size_t*) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, void (*)(void*), unsigned, unsigned) {
+  return cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
+  return cudaErrorInvalidValue;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   return memcpy(to, from, bytes), cudaSuccess;
@@ -241,6 +271,16 @@ inline unsigned ballot(const char* name, unsigned mask, bool vote) {
 }  // namespace emulate
 
 inline void __syncthreads() { emulate::block_barrier(); }
+inline int __syncthreads_count(bool vote) {
+  static int votes;  // blocks run one after another, and a block's threads too
+  if (threadIdx.x + threadIdx.y + threadIdx.z == 0) votes = 0;
+  emulate::block_barrier();
+  votes += vote;
+  emulate::block_barrier();
+  const int all = votes;
+  emulate::block_barrier();
+  return all;
+}
 inline void __syncwarp() {
   emulate::collective("__syncwarp", nullptr, [](void* const(&)[emulate::kWarp]) {});
 }
@@ -269,6 +309,10 @@ inline int __reduce_add_sync(unsigned mask, int x) {
   return x;
 }
 inline int __reduce_max_sync(unsigned mask, int x) {
+  for (int d = emulate::kWarp / 2; d > 0; d /= 2) x = std::max(x, __shfl_xor_sync(mask, x, d));
+  return x;
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   for (int d = emulate::kWarp / 2; d > 0; d /= 2) x = std::max(x, __shfl_xor_sync(mask, x, d));
   return x;
 }
@@ -422,18 +466,19 @@ inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table)
   for (int i = 0; i < 8; ++i)
     if (table >> i & 1) r |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
 }
-constexpr uint64_t kEvictFirst = 0x12f0000000000000;
-inline void createpolicy_fractional_L2_evict_first_b64(uint64_t& policy) { policy = kEvictFirst; }
 inline void cp_async_cg_shared_global(uint32_t target, const void* source, int size, int bytes) {
   if (size != 16) fail("cp.async.cg of %d bytes: only 16 exist", size);
   cp_async(target, source, size, bytes);
 }
-inline void cp_async_cg_shared_global_L2_128B(uint32_t target, const void* source, int size) {
+inline void createpolicy_fractional_L2_evict_first_b64(uint64_t& policy, int, int) { policy = 1; }
+inline void cp_async_cg_shared_global_L2_cache_hint_L2_128B(uint32_t target, const void* source, int size,
+                                                            uint64_t policy) {
+  if (policy != 1) fail("cp.async with a cache hint that is no policy");
   cp_async_cg_shared_global(target, source, size, size);
 }
 inline void cp_async_cg_shared_global_L2_cache_hint_L2_128B(uint32_t target, const void* source, int size, int bytes,
                                                             uint64_t policy) {
-  if (policy != kEvictFirst) fail("cp.async with a policy of %lx", policy);
+  if (policy != 1) fail("cp.async with a cache hint that is no policy");
   cp_async_cg_shared_global(target, source, size, bytes);
 }
 inline void cp_async_cg_shared_global_L2_cache_hint_L2_64B(uint32_t target, const void* source, int size, int bytes,

@@ -48,13 +48,17 @@ inline void hold(float x) {
   if (x < 0) emulate::fail("hold of %g", x);
 }
 
+inline void hold(uint32_t x) {
+  if (x == 0xffffffff) emulate::fail("hold of all ones");
+}
+
 template <class T, int N>
 void multiply(float (&d)[N / 2], uint64_t a_descriptor, uint64_t b_descriptor, bool add) {
   emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, add, nullptr, a_descriptor, b_descriptor, false});
 }
 template <class T, int N, bool kTransposed = true>
-void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor) {
-  emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, true, a, 0, b_descriptor, kTransposed});
+void multiply_add(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b_descriptor, bool add = true) {
+  emulate::wgmma_issue({d, N, std::is_same_v<T, __half>, add, a, 0, b_descriptor, kTransposed});
 }
 
 template <int kRegisters>

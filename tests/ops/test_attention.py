@@ -507,6 +507,35 @@ def test_public_functions(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param(((1000,), 32, 8, 128, {}), id="alone"),
+        pytest.param(((2000,), 9, 3, 64, {}), id="alone-few-heads"),
+        pytest.param(((1700,), 40, 1, 64, {}), id="alone-row-tiles"),
+        pytest.param(((9001,), 28, 4, 128, {}), id="alone-long"),
+        pytest.param(((70001,), 16, 2, 64, {}), id="alone-longer"),
+        pytest.param(((9001,), 8, 2, 256, {"sliding_window": 777}), id="alone-window"),
+        pytest.param(((512,) * 8, 9, 3, 64, {}), id="few-equal"),
+        pytest.param(((640,) * 32, 48, 1, 64, {}), id="equal-row-tiles"),
+        pytest.param(((130,) * 33, 32, 32, 64, {"softcap": 20.0}), id="many-equal"),
+        pytest.param(((333,) * 33, 32, 32, 128, {"sliding_window": 100}), id="many-equal-window"),
+        pytest.param((tuple(1 + 37 * (i % 5) for i in range(80)) + (9000, 0, 4000), 8, 4, 128, {}), id="ragged"),
+    ],
+)
+def test_each_way_to_share_the_work(shape: Any, cache_dtype: torch.dtype | None) -> None:
+    """A sequence alone, equal ones, few and many, short beside long: accurate, and the same bits each time."""
+    lens, heads, kv_heads, d, options = shape
+    kind: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "d": d, "dtype": torch.bfloat16, **options}
+    problem = paged("cuda", lens, cache_dtype=cache_dtype, **kind)
+    first = problem.run()
+    check(problem, first)
+    for _ in range(20):
+        assert all(map(same_bits, problem.run(), first))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_and_streams_share_no_counters(dtype: torch.dtype) -> None:
     """Graphs replayed with other lengths, at the same time on two streams, and made and dropped: the eager bits."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_pagedkv import ops
 from torch_pagedkv.ops import REFERENCES
-from torch_pagedkv.ops.sampling import exponentials, philox4x32
+from torch_pagedkv.ops.sampling import GROUP, exponentials, group_masses, philox4x32
 
 relaxed = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = {
@@ -71,8 +71,19 @@ def test_stream_has_the_reference_words(device: str, seed: int, offset: int) -> 
     row = torch.zeros(1, 261, device=device)
     order = exponentials(261, seed, offset).argsort()
     for token in order[:40].tolist():
-        assert draw(row, seed, offset).item() == token
+        assert draw(row, seed, offset, min_p=1e-30).item() == token
         row[0, token] = -torch.inf
+
+
+@pytest.mark.parametrize(("seed", "offset"), [(0, 0), (-1, 2**32 + 5), (2**62 + 12345, 7), (-(2**63), -1)])
+def test_groups_have_the_reference_words(device: str, seed: int, offset: int) -> None:
+    """The same for the first heat's: groups of equal mass, in the order of their E, each with its smallest E inside."""
+    row = torch.zeros(1, 41 * GROUP, device=device)
+    inside = exponentials(41 * GROUP, seed, offset).view(41, GROUP).argmin(1)
+    for group in exponentials(41, seed, offset, heat=1).argsort().tolist():
+        assert draw(row, seed, offset).item() == group * GROUP + int(inside[group])
+        row[0, group * GROUP : (group + 1) * GROUP] = -torch.inf
+    assert draw(row, seed, offset).item() == -1
 
 
 # ---- the distribution ------------------------------------------------------------------------------------------------
@@ -130,6 +141,19 @@ def test_rare_tokens_of_a_large_vocabulary(device: str) -> None:
     assert chi_square(torch.bincount(tail // 5000, minlength=10).double(), torch.full((10,), 0.1).double()) < 4
 
 
+@pytest.mark.parametrize(("vocab", "draws"), [(600, 40_000), (2000, 40_000), (33_000, 4000)])
+def test_distribution_over_groups(device: str, vocab: int, draws: int) -> None:
+    """Groups of unlike mass, the last one short; bins of 50 entries straddle them. The largest logit rules its own."""
+    row = Inputs(device, 8).normal(1, vocab, scale=1.5)
+    row[0, : vocab // 3] -= 1.5
+    row[0, vocab // 2] = 4 + math.log(vocab / 600)
+    tokens = draw(row.expand(draws, -1), range(draws), 3, temperature=1.3)
+    bins = max(50, vocab // 200)
+    mass = (row[0].cpu().double() / 1.3).softmax(0)
+    want = torch.zeros(-(-vocab // bins), dtype=torch.float64).index_add_(0, torch.arange(vocab) // bins, mass)
+    assert chi_square(torch.bincount(tokens // bins, minlength=len(want)).double(), want) < 4
+
+
 @relaxed
 @given(
     vocab=st.sampled_from([1, 2, 31, 63, 64, 65, 300, 1000, 4099]),
@@ -169,6 +193,47 @@ def test_equals_reference(
             score = scores(logits[r], seed, offsets[r], temperature)
             scale = 1e-6 * (1 + float(logits[r].abs().max()) / temperature)
             assert abs(float(score[got[r]] - score[answers[0, r]])) < scale
+
+
+@relaxed
+@given(
+    vocab=st.sampled_from([1, 7, 255, 256, 257, 1000, 4099, 20_001]),
+    dtype=st.sampled_from(FLOATS),
+    temperature=st.sampled_from([0.1, 0.8, 1.0, 3.0]),
+    spread=st.sampled_from([0.01, 1.0, 6.0]),
+    special=st.sampled_from(["", "nan", "-inf", "mostly -inf", "inf", "wide"]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_heats_equal_reference(
+    device: str, vocab: int, dtype: torch.dtype, temperature: float, spread: float, special: str, seed: int
+) -> None:
+    """Without filters: the reference's group and token, or ones whose scores float32 cannot tell from theirs."""
+    new = Inputs(device, seed % 1000)
+    logits = new.normal(3, vocab, dtype=dtype, scale=spread)
+    if special == "wide":
+        logits = logits * 1e3
+    elif special:
+        limit = {"mostly -inf": -2.0, "inf": 2.0}.get(special, 0.5)
+        value = float(special.removeprefix("mostly "))
+        logits = torch.where(new.normal(3, vocab) > limit, value, logits.float()).to(dtype)
+    offsets = [0, 2**33, -1]
+    got = draw(logits, seed, offsets, temperature=temperature)
+    vectors = torch.tensor([seed] * 3), torch.tensor(offsets), torch.full((3,), temperature, dtype=torch.float64)
+    want = REFERENCES["sample"](logits.cpu(), *vectors)
+    for r in (got != want).nonzero().flatten().tolist():
+        z = logits[r].cpu().double() / temperature
+        if bool((z == torch.inf).any()):
+            z = torch.where(z == torch.inf, 0.0, -torch.inf)
+        group, best = int(got[r]) // GROUP, int(want[r]) // GROUP
+        score = z - exponentials(vocab, seed, offsets[r]).log()
+        if group != best:
+            masses = group_masses(z.nan_to_num(-torch.inf, neginf=-torch.inf))
+            heat = masses - exponentials(len(masses), seed, offsets[r], heat=1).log()
+            assert abs(float(heat[group] - heat[best])) < 2e-6 * (1 + float(z[z.isfinite()].abs().max()))
+            best = group
+        inside = score[best * GROUP : (best + 1) * GROUP]
+        top = inside[inside.isfinite()].max()
+        assert abs(float(score[got[r]] - top)) < 1e-6 * (1 + float(z[z.isfinite()].abs().max()))
 
 
 # ---- kept sets -------------------------------------------------------------------------------------------------------
@@ -313,6 +378,38 @@ def test_independent_of_the_batch(device: str, dtype: torch.dtype) -> None:
     for r in range(0, rows, 7):
         one = {key: x[r : r + 1] for key, x in named.items()}
         assert ops.sample(logits[r : r + 1], seeds[r : r + 1], offsets[r : r + 1], **one) == together[r]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [50_257, 128_256])
+def test_independent_of_the_grid(device: str, vocab: int) -> None:
+    """Few rows, which several blocks share, and as many as fill the GPU: the same tokens."""
+    rows, few = 300, 5
+    logits = Inputs(device, 2).normal(few, vocab, scale=3.0).repeat(rows // few, 1)
+    one = torch.arange(few, device=device)
+    for options in ({}, {"top_k": [50] * few, "top_p": [0.9] * few}, {"min_p": [0.05] * few}, {"top_p": [0.7] * few}):
+        few_options = {key: torch.tensor(value, dtype=DTYPES[key], device=device) for key, value in options.items()}
+        want = torch.cat(
+            [
+                ops.sample(
+                    logits[r : r + 1],
+                    one[r : r + 1],
+                    one[r : r + 1],
+                    **{k: x[r : r + 1] for k, x in few_options.items()},
+                )
+                for r in range(few)
+            ]
+        )
+        for count in (few, 130, 255, rows):
+            times = -(-count // few)
+            got = ops.sample(
+                logits[:count],
+                one.repeat(times)[:count],
+                one.repeat(times)[:count],
+                **{key: x.repeat(times)[:count] for key, x in few_options.items()},
+            )
+            assert torch.equal(got, want.repeat(times)[:count])
+        assert torch.equal(ops.argmax(logits), ops.argmax(logits[:few]).repeat(rows // few))
 
 
 def test_streams_differ(device: str) -> None:

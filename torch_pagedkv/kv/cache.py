@@ -46,6 +46,7 @@ class PagedLayer(NamedTuple):
     step: PagedStep
     value_dim: int | None = None  # elements of a value, if fewer than of a key
     shared: SharedPrefixes | None = None  # of a decode step's rows, where it pays to attend to them once
+    batch_invariant: bool = False
 
     def to(self, *args: Any, **kwargs: Any) -> PagedLayer:
         """Itself: layers that share keys and values say `.to(device)`, and a patched model is on one."""
@@ -529,17 +530,17 @@ class PagedCache(Cache):
         pool = self.manager.pool
         # Not in a compiled graph, which would be another one with groups than without.
         shared = None if torch.compiler.is_compiling() else self.shared
-        if not pool.is_quantized:
-            caches = pool.key_caches[layer_idx], pool.value_caches[layer_idx]
-            return PagedLayer(*caches, None, None, self.step, pool.specs[layer_idx].value_dim, shared)
+        k_scale = pool.key_scales[layer_idx] if pool.is_quantized else None
+        v_scale = pool.value_scales[layer_idx] if pool.is_quantized else None
         return PagedLayer(
             pool.key_caches[layer_idx],
             pool.value_caches[layer_idx],
-            pool.key_scales[layer_idx],
-            pool.value_scales[layer_idx],
+            k_scale,
+            v_scale,
             self.step,
             pool.specs[layer_idx].value_dim,
             shared,
+            self.manager.config.batch_invariant,
         )
 
     def update(

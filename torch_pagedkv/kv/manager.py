@@ -196,7 +196,7 @@ class CacheManager:
     @property
     def can_share_reads(self) -> bool:
         """Whether decode steps shall look for rows that begin with the same blocks."""
-        wanted = self.config.cascade
+        wanted = False if self.config.batch_invariant else self.config.cascade
         # the op attends to float32 queries plainly on CUDA
         return wanted is True or (wanted == "auto" and not (self.device.type == "cuda" and self.dtype.itemsize > 2))
 

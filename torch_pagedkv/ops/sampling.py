@@ -5,9 +5,14 @@ For each row, in float32:
     top-k:  keep z >= the k-th largest                (ties with it are kept; k <= 0 or k >= V: off)
     top-p:  keep z >= the largest v for which the softmax mass of {kept by top-k, z >= v} reaches p     (p >= 1: off)
     min-p:  keep softmax(z) >= min_p * max softmax(z) (min_p <= 0: off)
-    token = argmax over the kept of  z_i - log(E_i),  E_i = -log1p(-w_i)       (the exponential race / Gumbel-max trick)
-    w_i = min((x_i + 0.5) * 2^-32, 1 - 2^-24),  x_i = word i % 4 of Philox4x32-10(counter, key) with
-    counter = (i // 4, 0, offset & 0xffffffff, offset >> 32), key = (seed & 0xffffffff, seed >> 32)
+    with any of these filters on:
+        token = argmax over the kept of  z_i - log(E_0i)                       (the exponential race / Gumbel-max trick)
+    without, in two heats, so that few random numbers are drawn:
+        group = argmax over the groups of GROUP entries of  log(sum of exp(z_i), i // GROUP == g) - log(E_1g)
+        token = argmax over that group of  z_i - log(E_0i)
+    E_hi = -log1p(-w_hi),  w_hi = min((x_hi + 0.5) * 2^-32, 1 - 2^-24),
+    x_hi = word i % 4 of Philox4x32-10(counter, key) with
+    counter = (i // 4, h, offset & 0xffffffff, offset >> 32), key = (seed & 0xffffffff, seed >> 32)
 The token depends only on the row's logits, its parameters, seed and offset: not on the batch, the device's grid or
 the order of a sum. NaN counts as -inf; if +inf occurs, only the +inf entries take part. A row with nothing above -inf
 returns -1. Ties go to the lowest index.
@@ -27,6 +32,9 @@ from torch import Tensor
 from ._library import define, reference
 
 _ops = torch.ops.torch_pagedkv
+
+#: entries that race as one in the first heat
+GROUP = 256
 
 
 @define(
@@ -65,15 +73,20 @@ def _mul32(a: Tensor, m: int) -> tuple[Tensor, Tensor]:
     return ((high_part >> 16) + (total_low >> 32)) & _M32, total_low & _M32
 
 
-def exponentials(vocab: int, seed: int, offset: int) -> Tensor:
-    """E_i of the module's docstring, float64 [vocab]."""
-    index = torch.arange(-(-vocab // 4), dtype=torch.int64)
+def exponentials(count: int, seed: int, offset: int, heat: int = 0) -> Tensor:
+    """E_hi of the module's docstring, h = heat, float64 [count]."""
+    index = torch.arange(-(-count // 4), dtype=torch.int64)
     zero = torch.zeros_like(index)
     seed, offset = seed & (2**64 - 1), offset & (2**64 - 1)
-    words = philox4x32((index, zero, zero + (offset & _M32), zero + (offset >> 32)), (seed & _M32, seed >> 32))
-    x = torch.stack(words, 1).flatten()[:vocab]
+    words = philox4x32((index, zero + heat, zero + (offset & _M32), zero + (offset >> 32)), (seed & _M32, seed >> 32))
+    x = torch.stack(words, 1).flatten()[:count]
     w = ((x.double() + 0.5) * 2.0**-32).clamp_max(1 - 2.0**-24)
     return -torch.log1p(-w)
+
+
+def group_masses(z: Tensor) -> Tensor:
+    """log(sum of exp(z_i)) of each group of z [V], [groups]."""
+    return torch.nn.functional.pad(z, (0, -len(z) % GROUP), value=-torch.inf).view(-1, GROUP).logsumexp(1)
 
 
 @reference("sample")
@@ -114,7 +127,12 @@ def sample_reference(
             z = z.masked_fill(z < values[last], -torch.inf)
         if m > 0:
             z = z.masked_fill(torch.softmax(z, 0) < m * torch.softmax(z, 0).max(), -torch.inf)
-        out[r] = int((z - torch.log(exponentials(vocab, int(seeds[r]), int(offsets[r])))).argmax())
+        stream = int(seeds[r]), int(offsets[r])
+        if not (0 < k < vocab or p < 1 or m > 0):
+            masses = group_masses(z)
+            first = int((masses - exponentials(len(masses), *stream, heat=1).log()).argmax()) * GROUP
+            z[:first] = z[first + GROUP :] = -torch.inf
+        out[r] = int((z - torch.log(exponentials(vocab, *stream))).argmax())
     return out.to(logits.device)
 
 
