@@ -37,17 +37,18 @@ struct WriteParams {
 // block (lanes of a row, rows). One row of K and of V a thread: two cost the smallest batches 0.8 us and gave nothing.
 template <class T, class C, bool Aligned>
 __global__ void __launch_bounds__(kBlock) write_kernel(const __grid_constant__ WriteParams p) {
-  begin_kernel();
+  release_next();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int lane = threadIdx.x;
   const Quotient token = divide(row, p.heads);
   const bool live = row < p.rows && lane < p.chunks;
+  wait_for_previous();
   // Whatever the slot, so that its load and these are in flight together.
   const int64_t slot = live ? p.slots[token.q] : -1;
   const auto load = [&](const void* from, int64_t stride_token, int64_t stride_head) {
     const T* const x = static_cast<const T*>(from) + token.q * stride_token + token.r * stride_head + lane * kChunk;
     if constexpr (Aligned) {
-      return load_or_zero<T, kChunk>(x, live);
+      return stream_or_zero<T, kChunk>(x, live);
     } else {
       Vec<T, kChunk> y;
 #pragma unroll
@@ -165,7 +166,12 @@ __device__ __forceinline__ void copy_piece(const char* src, char* dst, int64_t b
     W part[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * kBlock < end) part[u] = from[i + u * kBlock];
+      if (i + u * kBlock < end) {
+        if constexpr (std::is_same_v<W, uint4>)
+          part[u] = stream(from + i + u * kBlock);
+        else
+          part[u] = from[i + u * kBlock];
+      }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (i + u * kBlock < end) to[i + u * kBlock] = part[u];
