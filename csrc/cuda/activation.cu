@@ -35,17 +35,9 @@ __global__ void __launch_bounds__(kBlock) act_kernel(const __grid_constant__ Act
   wait_for_previous();
   if (vector >= p.vectors) return;
 
+  const Vec<T, V> a = load_vec<T, V>(from);
   float x[V], b[V] = {};
-  Vec<T, V> a;
-  if constexpr (V == 1)
-    a = load_vec<T, V>(from);
-  else
-    a = stream_or_zero<T, V>(from, true);
-  if constexpr (gated && V > 1) {
-    to_floats(stream_or_zero<T, V>(other, true), b);
-  } else {
-    if (gated || p.other) to_floats(load_vec<T, V>(other), b);
-  }
+  if (gated || p.other) to_floats(load_vec<T, V>(other), b);
   to_floats(a, x);
   if constexpr (!gated) {
 #pragma unroll

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlock) write_kernel(const __grid_constant__ W
   const auto load = [&](const void* from, int64_t stride_token, int64_t stride_head) {
     const T* const x = static_cast<const T*>(from) + token.q * stride_token + token.r * stride_head + lane * kChunk;
     if constexpr (Aligned) {
-      return stream_or_zero<T, kChunk>(x, live);
+      return load_or_zero<T, kChunk>(x, live);
     } else {
       Vec<T, kChunk> y;
 #pragma unroll
@@ -166,12 +166,7 @@ __device__ __forceinline__ void copy_piece(const char* src, char* dst, int64_t b
     W part[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * kBlock < end) {
-        if constexpr (std::is_same_v<W, uint4>)
-          part[u] = stream(from + i + u * kBlock);
-        else
-          part[u] = from[i + u * kBlock];
-      }
+      if (i + u * kBlock < end) part[u] = from[i + u * kBlock];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
       if (i + u * kBlock < end) to[i + u * kBlock] = part[u];

@@ -162,8 +162,8 @@ __global__ void __launch_bounds__(kBlock, 4) rotary_pairs(const __grid_constant_
 #pragma unroll
   for (int h = 0; h < N; ++h) {
     inside[h] = live && at.head + h < heads;
-    x[h][0] = stream_or_zero<T, kChunk>(row + h * stride, inside[h]);
-    x[h][1] = stream_or_zero<T, kChunk>(row + h * stride + p.angles.half, inside[h]);
+    x[h][0] = load_or_zero<T, kChunk>(row + h * stride, inside[h]);
+    x[h][1] = load_or_zero<T, kChunk>(row + h * stride + p.angles.half, inside[h]);
   }
   const int64_t slot = live && at.part != kQuery ? p.slots[t] : -1;
   if (live && at.part != kValue) {

@@ -108,7 +108,8 @@ def test_every_value_of_16_bits(device: str, name: str, dtype: torch.dtype) -> N
     got, want, own = got[numbers].double(), exact[numbers], ACTIVATIONS[name](x[numbers]).double()
     tiny = torch.finfo(dtype).smallest_normal
     step = torch.finfo(dtype).eps * want.abs().clamp_min(tiny)
-    allowed = torch.maximum(2 * (own - want).abs(), 0.55 * step)
+    # A GPU's approximate quotient is 0 where its divisor is over 2^126: results of 1e-36 and less.
+    allowed = torch.maximum(2 * (own - want).abs(), 0.55 * step) + 2e-36
     large = got.isinf() & (want.abs() > 0.99 * torch.finfo(dtype).max)
     assert bool((((got - want).abs() <= allowed) | large).all())
 
