@@ -26,13 +26,15 @@ constexpr int kBlock = 256;
 
 template <class T, int V, bool gated>
 __global__ void __launch_bounds__(kBlock) act_kernel(const __grid_constant__ ActParams p) {
-  begin_kernel();
+  release_next();
   const int64_t vector = int64_t(blockIdx.x) * kBlock + threadIdx.x;
-  if (vector >= p.vectors) return;
   const Quotient at = divide(vector, p.row);  // row, vector of the row
   const int64_t column = at.r * V;
   const T* const from = static_cast<const T*>(p.x) + row_offset(p.x_rows, at.q) + column;
   const T* const other = static_cast<const T*>(p.other) + (gated ? row_offset(p.other_rows, at.q) : 0) + column;
+  wait_for_previous();
+  if (vector >= p.vectors) return;
+
   const Vec<T, V> a = load_vec<T, V>(from);
   float x[V], b[V] = {};
   if (gated || p.other) to_floats(load_vec<T, V>(other), b);

@@ -29,13 +29,27 @@ Act find_activation(const char* op, const std::string& name) {
 
 __device__ __forceinline__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN stays NaN
 template <bool kFast>
-__device__ __forceinline__ float swish(float x, float beta) {  // x times the logistic function of beta x
-  if constexpr (kFast) return __fdividef(x, 1.f + __expf(-beta * x));
-  return x / (1.f + expf(-beta * x));
+__device__ __forceinline__ float times_logistic(float x, float y) {  // x times the logistic function of y
+  if constexpr (kFast) return __fdividef(x, 1.f + __expf(-y));
+  return x / (1.f + expf(-y));
 }
-__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.7071067811865476f)); }
-__device__ __forceinline__ float gelu_tanh(float x) {
-  return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));  // sqrt(2 / pi)
+// x times the normal distribution up to x. Fast: of the tail up to -|x|, exp(x^2 / 2) times which is a polynomial in
+// 1 / (1 + 0.36 |x|) within 1.3e-5 of itself, everywhere (fitted to the smallest relative error).
+template <bool kFast>
+__device__ __forceinline__ float gelu(float x) {
+  if constexpr (!kFast) return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
+  const float t = __fdividef(1.f, fmaf(0.36f, fabsf(x), 1.f));
+  float tail = fmaf(-0.09851895926705198f, t, 0.2543962205437542f);
+  tail = fmaf(tail, t, 0.03510770168615007f);
+  tail = fmaf(tail, t, 0.16869978549593057f);
+  tail = fmaf(tail, t, 0.1401232177402751f);
+  tail = fmaf(tail, t, 0.0001913566404724361f) * __expf(-0.5f * x * x);
+  return x * (x > 0.f ? 1.f - tail : tail);
+}
+template <bool kFast>
+__device__ __forceinline__ float gelu_tanh(float x) {  // sqrt(2 / pi) = 0.797...; (1 + tanh y) / 2 is logistic of 2 y
+  if constexpr (kFast) return times_logistic<true>(x, x * fmaf(0.07135481627260025f, x * x, 1.5957691216057308f));
+  return 0.5f * x * (1.f + tanhf(0.7978845608028654f * (x + 0.044715f * x * x * x)));
 }
 
 template <int N, class F>
@@ -55,16 +69,16 @@ __device__ __forceinline__ void apply(Act act, float* x) {
       map<N>(x, [](float v) { return relu(v) * relu(v); });
       break;
     case Act::kSilu:
-      map<N>(x, [](float v) { return swish<kFast>(v, 1.f); });
+      map<N>(x, [](float v) { return times_logistic<kFast>(v, v); });
       break;
     case Act::kGelu:
-      map<N>(x, [](float v) { return gelu(v); });
+      map<N>(x, [](float v) { return gelu<kFast>(v); });
       break;
     case Act::kGeluTanh:
-      map<N>(x, [](float v) { return gelu_tanh(v); });
+      map<N>(x, [](float v) { return gelu_tanh<kFast>(v); });
       break;
     case Act::kQuickGelu:
-      map<N>(x, [](float v) { return swish<kFast>(v, 1.702f); });
+      map<N>(x, [](float v) { return times_logistic<kFast>(v, 1.702f * v); });
       break;
   }
 }

@@ -45,11 +45,12 @@ struct WriteParams {
 // block (lanes of a row, rows). One row of K and of V a thread: two cost the smallest batches 0.8 us and gave nothing.
 template <class T, class C, bool Aligned>
 __global__ void __launch_bounds__(kBlock) write_kernel(const __grid_constant__ WriteParams p) {
-  begin_kernel();
+  release_next();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int lane = threadIdx.x;
   const Quotient token = divide(row, p.heads);
   const bool live = row < p.rows && lane < p.chunks;
+  wait_for_previous();
   // Whatever the slot, so that its load and these are in flight together.
   const int64_t slot = live ? p.slots[token.q] : -1;
   const auto load = [&](const void* from, int64_t stride_token, int64_t stride_head) {

@@ -1,18 +1,22 @@
 // RMSNorm, residual add + RMSNorm, LayerNorm (contract: torch_pagedkv/ops/norm.py).
 //
 // One pass: a group of threads holds one row in registers (in its own dtype, 16 bytes a load), reduces in float32 and
-// writes the result; the weight is loaded before the reduction, so that a single row (decode) waits for memory once.
-//     N <= 512     2 .. 32 lanes of a warp a row, 16 elements a lane, 256 threads a block (head norms: many short rows)
-//     N <= 1024    one warp a row, 32 elements a lane
-//     N <= 16384   one block a row, 16 elements a thread
+// writes the result.
+//     N <= 32 loads     1 .. 32 lanes of a warp a row (head norms), two rows a lane where there are many
+//     N <= 16384        one block a row: 4 or 8 warps, 1 .. 8 loads a lane (float32: 16)
 //     else, or rows that 16-byte loads cannot take: one block a row, a loop that reads the row again from L2
-// The shape of the group depends on N alone, so a row's bits do not depend on the batch it is in. The blocks fill the
-// device once and go through the rows, whose copies into shared memory run three rows ahead (RowRing): a block a row
-// with its loads in registers left memory idle while it reduced, and reached 60 % of the copy bandwidth.
+// The shape of the group depends on N alone, so a row's bits do not depend on the batch it is in.
 //
-// Floor: (read x [+ residual] + write y [+ h]) / 4.28 TB/s; 4096 x 4096 bf16 rms_norm: 67 MB, 15.7 us. Measured: 20.5
-// us (an elementwise kernel on as many bytes: 18.8); what is left is instructions: 61 % of the issue slots at 8192
-// rows.
+// A single row (decode) is all latency: addresses are ready, and weights on their way into L2, while the kernel in
+// front still runs; x, residual, weight and bias come in one trip to memory, the sum takes one barrier. Many rows are
+// many small blocks, a few for each SM at a time, of which some load while others reduce and write.
+//
+// Floor: (read x [+ residual] + write y [+ h]) / 4.28 TB/s; 4096 x 4096 bf16 rms_norm: 67 MB, 15.7 us, as a plain copy
+// takes. This form on its own, outside of the library and without prefetches: 16.7; here, when every block prefetched:
+// 21.8. 1 row: 1.0 us in a CUDA graph (the ring below: 1.8).
+// Tried at that size: rows in a ring of asynchronous copies, which blocks that fill the device once go through: 19.3; a
+// ring of bulk copies (4 rows of 8 KB ahead, 5 blocks an SM): 17.8, and 20.0 three ahead; the next row in registers:
+// 17.5 .. 28; a warp a row: 20.2, all read at the same time, then all compute; 16 warps a row: 27 .. 32.
 #include "reduce.cuh"
 
 namespace pagedkv {
@@ -33,7 +37,11 @@ struct NormParams {
   void* h;  // kAddRms
 };
 
+template <int N>
+constexpr std::integral_constant<int, N> int_c{};
+
 constexpr int kBlock = 256;
+constexpr int64_t kManyThreads = 1 << 18;  // of short rows: more than are on the device at once
 
 // h = x + residual, rounded to T as the model's own add would
 template <class T, int N>
@@ -60,6 +68,14 @@ struct Moments {
   float mean, rest, inverse;  // kLayer: see finish; inverse: of the deviation
 };
 
+// N weights from element i on, or ones
+template <class T, int N>
+__device__ __forceinline__ void load_weight(const NormParams& p, int i, float* w) {
+  if (p.weight) return load_mixed<T, N>(p.weight, p.weight_float32, i, w);
+#pragma unroll
+  for (int k = 0; k < N; ++k) w[k] = 1.f;
+}
+
 // x normalised, N at a time. `rest`: the mean of x - mean, which is what rounding left in it: a float32 mean of values
 // 10,000 times as large as their deviation is off by 1e-3 of that.
 template <class T, int N, Norm kind>
@@ -75,104 +91,221 @@ __device__ __forceinline__ Vec<T, N> finish(const Vec<T, N>& x, const Moments& m
   return from_floats<T, N>(y);
 }
 
-// E elements a thread; block (threads a row, rows of a group); a block goes through `groups` with a stride of the grid.
-template <class T, int E, Norm kind>
-__global__ void __launch_bounds__(E == 16 ? 1024 : kBlock)
-    norm_rows(const __grid_constant__ NormParams p, int groups, int stages) {
-  constexpr int V = kVec<T>, L = E / V;  // elements of a load, loads of a thread
+// sums of a row ------------------------------------------------------------------------------------------------------
+//
+// A lane adds up each of its vectors in sequence, and these pairwise; then the warps' lanes of one number, and at last
+// the 32 lanes, likewise. So every thread has the sum 200 cycles after its own part (a shuffle takes 25, and comes
+// once).
+
+// v[0 .. N), pairwise; N is a power of two
+template <int N>
+__device__ __forceinline__ float halve(float* v) {
+#pragma unroll
+  for (int s = N / 2; s > 0; s /= 2)
+#pragma unroll
+    for (int k = 0; k < s; ++k) v[k] += v[k + s];
+  return v[0];
+}
+
+// The lane's part of a sum: f(so far, value, its vector).
+template <int J, class T, int V, class F>
+__device__ __forceinline__ float sum_lane(const Vec<T, V> (&x)[J], F f) {
+  float sums[J] = {};
+#pragma unroll
+  for (int j = 0; j < J; ++j) {
+    float v[V];
+    to_floats(x[j], v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[j] = f(sums[j], v[i], j);
+  }
+  return halve<J>(sums);
+}
+// K sums over `lanes` lanes
+template <int K>
+__device__ __forceinline__ void sum_lanes(float (&x)[K], int lanes) {
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) {
+    if (o >= lanes) continue;
+#pragma unroll
+    for (int k = 0; k < K; ++k) x[k] += __shfl_xor_sync(kFullWarp, x[k], o);
+  }
+}
+// and over W warps
+template <int W, int K>
+__device__ __forceinline__ void sum_block(float (&x)[K], float (&scratch)[K][W][32]) {
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+#pragma unroll
+  for (int k = 0; k < K; ++k) scratch[k][warp][lane] = x[k];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    float of[W];
+#pragma unroll
+    for (int w = 0; w < W; ++w) of[w] = scratch[k][w][lane];
+    x[k] = halve<W>(of);
+  }
+  sum_lanes(x, 32);
+}
+
+// A row's moments from a lane's vectors of it, which begin at `first` and every `step` elements. sum_one and sum_two
+// make sums of one and of two lane's parts.
+template <class T, int J, Norm kind, class S1, class S2>
+__device__ __forceinline__ Moments moments(const NormParams& p, const Vec<T, kVec<T>> (&x)[J], int first, int step,
+                                           S1 sum_one, S2 sum_two) {
+  Moments m{};
+  if constexpr (kind == Norm::kLayer) {
+    float total[1] = {sum_lane(x, [](float sum, float v, int) { return sum + v; })};
+    sum_one(total);
+    m.mean = mean_of<T>(total[0], p);
+    const auto distance = [&](float v, int j) { return first + j * step < p.n ? v - m.mean : 0.f; };
+    float parts[2] = {sum_lane(x, [&](float sum, float v, int j) { return fmaf(distance(v, j), distance(v, j), sum); }),
+                      sum_lane(x, [&](float sum, float v, int j) { return sum + distance(v, j); })};
+    sum_two(parts);
+    m.rest = mean_of<T>(parts[1], p);
+    m.inverse = inverse_root<T>(fmaxf(mean_of<T>(parts[0], p) - m.rest * m.rest, 0.f) + p.eps);
+  } else {
+    float total[1] = {sum_lane(x, [](float sum, float v, int) { return fmaf(v, v, sum); })};
+    sum_one(total);
+    m.inverse = inverse_root<T>(mean_of<T>(total[0], p) + p.eps);
+  }
+  return m;
+}
+
+// Weight and bias as a lane holds them, one vector. The usual dtype is loaded early, together with x; floats for x of
+// 16 bits only when they are needed.
+template <class T, Norm kind>
+struct Affine {
+  static constexpr int V = kVec<T>;
+  uint4 weight, bias;  // whole registers: 16-bit elements that two paths lead to take a register each
+
+  static __device__ __forceinline__ const T* early(const void* p, bool is_float32) {
+    return is_float32 ? nullptr : static_cast<const T*>(p);
+  }
+  static __device__ __forceinline__ uint4 load(const T* p, int at, bool inside) {
+    return p && inside ? *reinterpret_cast<const uint4*>(p + at) : uint4{0, 0, 0, 0};
+  }
+  static __device__ __forceinline__ void to_float(const uint4& words, float* out) {
+    Vec<T, V> x;
+    memcpy(&x, &words, sizeof x);
+    to_floats(x, out);
+  }
+  // at: the vector's first element
+  __device__ __forceinline__ void load(const NormParams& p, int at, bool inside) {
+    weight = load(early(p.weight, p.weight_float32), at, inside);
+    if constexpr (kind == Norm::kLayer) bias = load(early(p.bias, p.bias_float32), at, inside);
+  }
+  // By one block for all: thousands that ask L2 for the same few lines are in each other's way (see above).
+  static __device__ __forceinline__ void prefetch(const NormParams& p, int at) {
+    if (const T* const w = early(p.weight, p.weight_float32)) prefetch_l2(w + at);
+    if (const T* const b = early(p.bias, p.bias_float32); kind == Norm::kLayer && b) prefetch_l2(b + at);
+  }
+  __device__ __forceinline__ Vec<T, V> apply(const NormParams& p, const Vec<T, V>& x, const Moments& m, int at) const {
+    float w[V], b[V] = {};
+    if (early(p.weight, p.weight_float32))
+      to_float(weight, w);
+    else
+      load_weight<T, V>(p, at, w);
+#pragma unroll
+    for (int i = 0; i < V; ++i) w[i] += p.weight_offset;
+    if constexpr (kind == Norm::kLayer) {
+      if (early(p.bias, p.bias_float32))
+        to_float(bias, b);
+      else if (p.bias)
+        load_mixed<T, V>(p.bias, p.bias_float32, at, b);
+    }
+    return finish<T, V, kind>(x, m, w, b, p.round_before_weight);
+  }
+};
+
+// A block of W warps a row, J vectors a lane.
+template <Norm kind, int J>  // that an SM takes: it decides over the bytes in flight
+constexpr int kBlocks = J > 4 || J < 2         ? 1
+                        : J > 2                ? (kind == Norm::kLayer ? 3 : 4)
+                        : kind == Norm::kLayer ? 5
+                                               : 6;
+template <class T, int W, int J, Norm kind>
+__global__ void __launch_bounds__(32 * W, W == 8 ? kBlocks<kind, J> : 1)
+    norm_row(const __grid_constant__ NormParams p) {
+  constexpr int V = kVec<T>, kStep = 32 * W * V;
   constexpr bool kAdds = kind == Norm::kAddRms;
-  __shared__ Scratch<float> scratch[2][3];  // rows take turns: one barrier a reduction suffices
-  extern __shared__ __align__(16) uint8_t shared[];
-  begin_kernel();
-  RowRing ring(shared, kAdds ? 2 * L : L, stages);
-  const int first = int(threadIdx.x) * V, step = int(blockDim.x) * V;
-  bool inside[L];
+  __shared__ float one[1][W][32], two[kind == Norm::kLayer ? 2 : 1][W][32];
+  release_next();
+  const int first = int(threadIdx.x) * V;
+  const int64_t row = blockIdx.x;
+  const T* const from = static_cast<const T*>(p.x) + row_offset(p.x_rows, row) + first;
+  const T* const other = kAdds ? static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + first : nullptr;
+  bool inside[J];
 #pragma unroll
-  for (int l = 0; l < L; ++l) {
-    inside[l] = first + l * step < p.n;
-    if (!inside[l]) ring.clear(l);
-    if (kAdds && !inside[l]) ring.clear(L + l);
+  for (int j = 0; j < J; ++j) {
+    inside[j] = first + j * kStep < p.n;
+    if (blockIdx.x == 0 && inside[j]) Affine<T, kind>::prefetch(p, first + j * kStep);
   }
-  const auto fetch = [&](int group) {
-    const int64_t row = int64_t(group) * blockDim.y + threadIdx.y;
-    if (group < groups && row < p.x_rows.rows) {  // others only take part in the reductions
-      const T* const x = static_cast<const T*>(p.x) + row_offset(p.x_rows, row) + first;
-#pragma unroll
-      for (int l = 0; l < L; ++l)
-        if (inside[l]) ring.copy(l, x + l * step);
-      if constexpr (kAdds) {
-        const T* const r = static_cast<const T*>(p.residual) + row_offset(p.residual_rows, row) + first;
-#pragma unroll
-        for (int l = 0; l < L; ++l)
-          if (inside[l]) ring.copy(L + l, r + l * step);
-      }
-    }
-    ring.advance();
-  };
-  for (int i = 0; i < stages; ++i) fetch(int(blockIdx.x + i * gridDim.x));
+  wait_for_previous();
 
-  float weight[E];
+  Vec<T, V> x[J], add_to[J];
+  Affine<T, kind> affine[J];
 #pragma unroll
-  for (int l = 0; l < L; ++l) {
-    if (p.weight && inside[l]) {
-      load_mixed<T, V>(p.weight, p.weight_float32, first + l * step, weight + l * V);
-    } else {
-#pragma unroll
-      for (int i = 0; i < V; ++i) weight[l * V + i] = 1.f;
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) weight[l * V + i] += p.weight_offset;
+  for (int j = 0; j < J; ++j) {
+    x[j] = stream_or_zero<T, V>(from + j * kStep, inside[j]);
+    if constexpr (kAdds) add_to[j] = stream_or_zero<T, V>(other + j * kStep, inside[j]);
   }
+#pragma unroll
+  for (int j = 0; j < J; ++j) affine[j].load(p, first + j * kStep, inside[j]);
+  const int64_t to = row * p.n + first;
+  if constexpr (kAdds) {
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+      x[j] = add(x[j], add_to[j]);
+      if (inside[j]) store_vec<T, V>(static_cast<T*>(p.h) + to + j * kStep, x[j]);
+    }
+  }
+  const Moments m = moments<T, J, kind>(
+      p, x, first, kStep, [&](float (&v)[1]) { sum_block<W>(v, one); },
+      [&](auto& v) {
+        if constexpr (kind == Norm::kLayer) sum_block<W>(v, two);
+      });
+#pragma unroll
+  for (int j = 0; j < J; ++j)
+    if (inside[j])
+      store_vec<T, V>(static_cast<T*>(p.y) + to + j * kStep, affine[j].apply(p, x[j], m, first + j * kStep));
+}
 
-  int turn = 0;
-  for (int group = blockIdx.x; group < groups; group += gridDim.x, turn ^= 1) {
-    const int64_t row = int64_t(group) * blockDim.y + threadIdx.y;
-    ring.ready();
-    Vec<T, V> x[L];
-#pragma unroll
-    for (int l = 0; l < L; ++l) {
-      x[l] = ring.piece<T>(l);
-      if constexpr (kAdds) x[l] = add(x[l], ring.piece<T>(L + l));
-    }
+// Rows of at most 32 vectors: `lanes` of a warp a row, K rows of it at once.
+template <class T, int K, Norm kind>
+__global__ void __launch_bounds__(kBlock) norm_short_rows(const __grid_constant__ NormParams p, int lanes) {
+  constexpr int V = kVec<T>;
+  constexpr bool kAdds = kind == Norm::kAddRms;
+  release_next();
+  const int lane = int(threadIdx.x) % lanes, first = lane * V;
+  const int64_t begin = (int64_t(blockIdx.x) * K * kBlock + threadIdx.x) / lanes;
+  const int stride = kBlock / lanes;
+  const bool inside = first < p.n;
+  if (blockIdx.x == 0 && inside) Affine<T, kind>::prefetch(p, first);
+  wait_for_previous();
 
-    float sum = 0.f, rest = 0.f;
-    Moments m{};
-    if constexpr (kind == Norm::kLayer) {
+  Vec<T, V> x[K][1], add_to[K];
+  Affine<T, kind> affine;
 #pragma unroll
-      for (int l = 0; l < L; ++l)
+  for (int k = 0; k < K; ++k) {
+    const int64_t row = begin + k * stride;
+    const bool live = inside && row < p.x_rows.rows;
+    x[k][0] = stream_or_zero<T, V>(static_cast<const T*>(p.x) + (live ? row_offset(p.x_rows, row) + first : 0), live);
+    if constexpr (kAdds)
+      add_to[k] = stream_or_zero<T, V>(
+          static_cast<const T*>(p.residual) + (live ? row_offset(p.residual_rows, row) + first : 0), live);
+  }
+  affine.load(p, first, inside);
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum += to_float(x[l].v[i]);
-      m.mean = mean_of<T>(row_reduce(sum, scratch[turn][1], 0.f, Sum{}), p);
-      sum = 0.f;
+  for (int k = 0; k < K; ++k) {
+    const int64_t row = begin + k * stride;
+    const bool live = inside && row < p.x_rows.rows;
+    if constexpr (kAdds) {
+      x[k][0] = add(x[k][0], add_to[k]);
+      if (live) store_vec<T, V>(static_cast<T*>(p.h) + row * p.n + first, x[k][0]);
     }
-#pragma unroll
-    for (int l = 0; l < L; ++l) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const float d = kind != Norm::kLayer || inside[l] ? to_float(x[l].v[i]) - m.mean : 0.f;  // outside x is 0
-        sum += d * d;
-        rest += d;
-      }
-    }
-    float variance = mean_of<T>(row_reduce(sum, scratch[turn][0], 0.f, Sum{}), p);
-    if constexpr (kind == Norm::kLayer) {
-      m.rest = mean_of<T>(row_reduce(rest, scratch[turn][2], 0.f, Sum{}), p);
-      variance = fmaxf(variance - m.rest * m.rest, 0.f);
-    }
-    m.inverse = inverse_root<T>(variance + p.eps);
-    fetch(group + stages * int(gridDim.x));
-    if (row >= p.x_rows.rows) continue;
-
-    const int64_t to = row * p.n + first;
-#pragma unroll
-    for (int l = 0; l < L; ++l) {
-      if (!inside[l]) continue;
-      if constexpr (kAdds) store_vec<T, V>(static_cast<T*>(p.h) + to + l * step, x[l]);
-      float bias[V] = {};
-      if (kind == Norm::kLayer && p.bias) load_mixed<T, V>(p.bias, p.bias_float32, first + l * step, bias);
-      const Vec<T, V> out = finish<T, V, kind>(x[l], m, weight + l * V, bias, p.round_before_weight);
-      store_vec<T, V>(static_cast<T*>(p.y) + to + l * step, out);
-    }
+    const Moments m = moments<T, 1, kind>(
+        p, x[k], first, 0, [&](float (&v)[1]) { sum_lanes(v, lanes); }, [&](auto& v) { sum_lanes(v, lanes); });
+    if (live) store_vec<T, V>(static_cast<T*>(p.y) + row * p.n + first, affine.apply(p, x[k][0], m, first));
   }
 }
 
@@ -220,25 +353,32 @@ __global__ void __launch_bounds__(kBlock) norm_loop(const __grid_constant__ Norm
 }
 
 template <class T, Norm kind>
-void launch(const NormParams& p, bool aligned, int device, cudaStream_t stream) {
+void launch(const NormParams& p, bool aligned, cudaStream_t stream) {
+  constexpr int V = kVec<T>;
   const int64_t rows = p.x_rows.rows;
-  constexpr int kShort = 512, kWarp = 1024, kLong = 16 * 1024;
-  if (aligned && p.n % kVec<T> == 0 && p.n <= kLong) {
-    unsigned lanes = 1;  // of a short row
-    while (lanes * 16 < unsigned(p.n)) lanes *= 2;
-    const bool is_warp = p.n > kShort && p.n <= kWarp;
-    const dim3 block = is_warp         ? dim3(32, kBlock / 32)
-                       : p.n <= kShort ? dim3(lanes, kBlock / lanes)
-                                       : dim3(ceil_div(p.n, 16 * 32) * 32);
-    const auto kernel = is_warp ? norm_rows<T, 32, kind> : norm_rows<T, 16, kind>;
-    const int threads = int(block.x * block.y);
-    const int groups = int(ceil_div(rows, block.y));
-    const int64_t bytes = int64_t(threads) * (is_warp ? 32 : 16) * sizeof(T) * (kind == Norm::kAddRms ? 2 : 1);
-    const RingShape shape = ring_shape(kernel, groups, threads, bytes, device);
-    if (shape.stages > 0)
-      return launch_kernel(kernel, shape.blocks, block, shape.shared, stream, p, groups, shape.stages);
+  if (!aligned || p.n % V != 0 || p.n > 16 * 1024)
+    return launch_kernel(norm_loop<T, kind>, unsigned(rows), kBlock, 0, stream, p);
+  const auto block_a_row = [&](auto warps, auto vectors) {
+    constexpr int W = decltype(warps)::value;
+    launch_kernel(norm_row<T, W, decltype(vectors)::value, kind>, unsigned(rows), 32 * W, 0, stream, p);
+  };
+  const int columns = int(ceil_div(p.n, 32 * V));  // of 32 vectors
+  if (columns <= 1) {
+    int lanes = 32;
+    while (lanes > 1 && lanes / 2 * V >= p.n) lanes /= 2;
+    const auto run = [&](auto at_once) {
+      constexpr int K = decltype(at_once)::value;
+      const unsigned blocks = ceil_div(rows, K * kBlock / lanes);
+      launch_kernel(norm_short_rows<T, K, kind>, blocks, kBlock, 0, stream, p, lanes);
+    };
+    return rows * lanes > kManyThreads ? run(int_c<2>) : run(int_c<1>);
   }
-  launch_kernel(norm_loop<T, kind>, unsigned(rows), kBlock, 0, stream, p);
+  if (columns <= 4) return block_a_row(int_c<4>, int_c<1>);
+  if (columns <= 8) return block_a_row(int_c<8>, int_c<1>);
+  if (columns <= 16) return block_a_row(int_c<8>, int_c<2>);
+  if (columns <= 32) return block_a_row(int_c<8>, int_c<4>);
+  if (columns <= 64) return block_a_row(int_c<8>, int_c<8>);
+  if constexpr (sizeof(T) == 4) block_a_row(int_c<8>, int_c<16>);
 }
 
 template <Norm kind>
@@ -265,8 +405,7 @@ void norm(const char* op, const Tensor& x, const Tensor* residual, const OptTens
   p.h = h ? h->mutable_data_ptr() : nullptr;
   const bool aligned = rows.aligned && other.aligned && is_aligned(p.weight) && is_aligned(p.bias);
   const cudaStream_t stream = current_stream(x);
-  dispatch_cuda(x.scalar_type(), op,
-                [&](auto tag) { launch<decltype(tag), kind>(p, aligned, x.get_device_index(), stream); });
+  dispatch_cuda(x.scalar_type(), op, [&](auto tag) { launch<decltype(tag), kind>(p, aligned, stream); });
 }
 
 }  // namespace

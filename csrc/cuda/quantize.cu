@@ -1,13 +1,12 @@
 // quantize_per_token, dequantize_sums (contract: torch_pagedkv/ops/quantize.py).
 //
-// quantize_per_token: rows of up to 16384 elements are held in registers, 16 elements a thread (a warp a row up to 512,
-// else a CTA); CTAs that fill the device once go through the rows, whose copies into shared memory run three rows ahead
-// (RowRing). Other rows: a CTA a row, whose second pass finds it in the first-level cache.
-// dequantize_sums: four elements a thread where rows allow.
+// quantize_per_token: rows of up to 16384 elements are held in registers, eight elements a run, a block of 4 or 8 warps
+// a row. Other rows: a block a row, whose second pass finds it in the first-level cache. dequantize_sums: four elements
+// a thread where rows allow.
 //
-// Measured: 8192 x 4096 bf16 to int8 36.8 us, 81.5 as a CTA a row in two passes; floor 23.6.
-//
-// Floor: (read x + write q) / 4.28 TB/s; (read sums + write y) / 4.28 TB/s.
+// Floor: (read x + write q) / 4.28 TB/s; (read sums + write y) / 4.28 TB/s. 4096 x 4096 bf16 to int8: 11.8 us;
+// measured 14.6.
+// Tried: rows in a ring of asynchronous copies (19.3 us), a warp a row (26.2: all read, then all compute).
 #include <cmath>
 
 #include "quantize.cuh"
@@ -48,92 +47,46 @@ __device__ __forceinline__ void rotate(float* v, const QuantizeRows& p) {
   for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(v[j], p.root);
 }
 
-// The largest magnitude so far, as bits: those of positive floats are in order, and a NaN tops them all.
-template <int N>
-__device__ __forceinline__ uint32_t largest(uint32_t bits, const float* v) {
-#pragma unroll
-  for (int j = 0; j < N; ++j) bits = max(bits, __float_as_uint(v[j]) & 0x7fffffffu);
-  return bits;
-}
+// A block of W warps a row, J runs of eight elements a lane, held as floats.
+template <class T, class C, int W, int J>
+__global__ void __launch_bounds__(32 * W) quantize_row(const __grid_constant__ QuantizeRows p) {
+  constexpr int N = 8, kStep = 32 * W * N;
+  __shared__ uint32_t largest[W];
+  release_next();
+  const int64_t row = blockIdx.x;
+  const int first = int(threadIdx.x) * N;
+  const T* const from = static_cast<const T*>(p.x) + row_offset(p.map, row) + first;
+  wait_for_previous();
 
-template <class C, int N>
-__device__ __forceinline__ void store_quantized(C* q, const float* v, float inverse) {
-  Vec<C, N> out;
+  Vec<T, N> x[J];
 #pragma unroll
-  for (int j = 0; j < N; ++j) out.v[j] = from_float<C>(__fmul_rn(v[j], inverse));
-  store_vec<C, N>(q, out);
-}
-
-// 16 elements a thread in two runs of eight; block (threads of a row, rows of a group).
-template <class T, class C>
-__global__ void __launch_bounds__(1024) quantize_rows(const __grid_constant__ QuantizeRows p, int groups, int stages) {
-  constexpr int N = 8, kRuns = 2, kPieces = N / kVec<T>;
-  __shared__ Scratch<uint32_t> scratch[2];  // rows take turns: one barrier a reduction suffices
-  extern __shared__ __align__(16) uint8_t shared[];
-  begin_kernel();
-  RowRing ring(shared, kRuns * kPieces, stages);
-  const int first = int(threadIdx.x) * N, step = int(blockDim.x) * N;
-  bool inside[kRuns];
+  for (int j = 0; j < J; ++j) x[j] = stream_or_zero<T, N>(from + j * kStep, first + j * kStep < p.n);
+  float v[J][N];
+  uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kRuns; ++i) {
-    inside[i] = first + i * step < p.n;
+  for (int j = 0; j < J; ++j) {
+    to_floats(x[j], v[j]);
+    if (p.factor && first + j * kStep < p.n) {
+      float factor[N];
+      load_mixed<float, N>(p.factor, true, first + j * kStep, factor);
 #pragma unroll
-    for (int k = 0; k < kPieces; ++k)
-      if (!inside[i]) ring.clear(i * kPieces + k);
-  }
-  const auto fetch = [&](int group) {
-    const int64_t row = int64_t(group) * blockDim.y + threadIdx.y;
-    if (group < groups && row < p.map.rows) {
-      const T* const x = static_cast<const T*>(p.x) + row_offset(p.map, row) + first;
-#pragma unroll
-      for (int i = 0; i < kRuns * kPieces; ++i)
-        if (inside[i / kPieces]) ring.copy(i, x + i / kPieces * step + i % kPieces * kVec<T>);
+      for (int i = 0; i < N; ++i) v[j][i] = __fmul_rn(v[j][i], factor[i]);
     }
-    ring.advance();
-  };
-  for (int i = 0; i < stages; ++i) fetch(int(blockIdx.x + i * gridDim.x));
-
-  float factor[kRuns * N];
+    if (p.rotation) rotate(v[j], p);
 #pragma unroll
-  for (int i = 0; i < kRuns; ++i) {
-    if (p.factor && inside[i]) {
-      load_mixed<float, N>(p.factor, true, first + i * step, factor + i * N);
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; ++j) factor[i * N + j] = 1.f;
-    }
+    for (int i = 0; i < N; ++i) bits = larger(bits, v[j][i]);
   }
-
-  int turn = 0;
-  for (int group = blockIdx.x; group < groups; group += gridDim.x, turn ^= 1) {
-    const int64_t row = int64_t(group) * blockDim.y + threadIdx.y;
-    ring.ready();
-    float v[kRuns * N];
-    uint32_t bits = 0;
+  bits = __reduce_max_sync(kFullWarp, bits);
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = bits;
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kRuns; ++i) {
+  for (int w = 0; w < W; ++w) bits = max(bits, largest[w]);
+  const RowScale s = scale_of<C>(__uint_as_float(bits));
+  if (threadIdx.x == 0) p.scale[row] = s.scale;
+  C* const q = static_cast<C*>(p.q) + row * p.n + first;
 #pragma unroll
-      for (int k = 0; k < kPieces; ++k) {
-        const Vec<T, kVec<T>> x = ring.piece<T>(i * kPieces + k);
-#pragma unroll
-        for (int j = 0; j < kVec<T>; ++j) {
-          const int at = i * N + k * kVec<T> + j;
-          v[at] = __fmul_rn(to_float(x.v[j]), factor[at]);
-        }
-      }
-      if (p.rotation) rotate(v + i * N, p);
-      bits = largest<N>(bits, v + i * N);
-    }
-    const float amax = __uint_as_float(row_reduce(bits, scratch[turn], 0u, Max{}));
-    fetch(group + stages * int(gridDim.x));
-    if (row >= p.map.rows) continue;
-    const RowScale s = scale_of<C>(amax);
-    C* const q = static_cast<C*>(p.q) + row * p.n;
-#pragma unroll
-    for (int i = 0; i < kRuns; ++i)
-      if (inside[i]) store_quantized<C, N>(q + first + i * step, v + i * N, s.inverse);
-    if (threadIdx.x == 0) p.scale[row] = s.scale;
-  }
+  for (int j = 0; j < J; ++j)
+    if (first + j * kStep < p.n) store_vec<C, N>(q + j * kStep, quantized<C>(v[j], s.inverse));
 }
 
 // f(i, values) for this thread's elements of a row, times the factor and rotated: eight at a time, or one where rows
@@ -164,10 +117,18 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
   const int64_t row = blockIdx.x;
   const T* const x = static_cast<const T*>(p.x) + row_offset(p.map, row);
   uint32_t bits = 0;
-  each<T, N, kAligned>(x, p, [&](int64_t, const float* v) { bits = largest<N>(bits, v); });
+  each<T, N, kAligned>(x, p, [&](int64_t, const float* v) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) bits = larger(bits, v[j]);
+  });
   const RowScale s = scale_of<C>(__uint_as_float(row_reduce(bits, scratch, 0u, Max{})));
   C* const q = static_cast<C*>(p.q) + row * p.n;
-  each<T, N, kAligned>(x, p, [&](int64_t i, const float* v) { store_quantized<C, N>(q + i, v, s.inverse); });
+  each<T, N, kAligned>(x, p, [&](int64_t i, const float* v) {
+    if constexpr (N == kChunk)
+      store_vec<C, N>(q + i, quantized<C>(v, s.inverse));
+    else
+      q[i] = from_float<C>(__fmul_rn(v[0], s.inverse));
+  });
   if (threadIdx.x == 0) p.scale[row] = s.scale;
 }
 
@@ -201,6 +162,20 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const __grid_const
   store_vec<T, N>(static_cast<T*>(p.y) + i, from_floats<T, N>(v));
 }
 
+// Rows of at most 16384 elements in 16-byte pieces.
+template <class T, class C>
+void launch_rows(const QuantizeRows& p, cudaStream_t stream) {
+  const auto run = [&](auto kernel, int warps) {
+    launch_kernel(kernel, unsigned(p.map.rows), 32 * warps, 0, stream, p);
+  };
+  const unsigned runs = ceil_div(p.n, 256);  // a warp's
+  if (runs <= 4) return run(quantize_row<T, C, 4, 1>, 4);
+  if (runs <= 8) return run(quantize_row<T, C, 8, 1>, 8);
+  if (runs <= 16) return run(quantize_row<T, C, 8, 2>, 8);
+  if (runs <= 32) return run(quantize_row<T, C, 8, 4>, 8);
+  run(quantize_row<T, C, 8, 8>, 8);
+}
+
 }  // namespace
 
 Pair quantize_per_token_cuda(Tensor x, OptTensor factor, int64_t rotation, ScalarType dtype) {
@@ -226,15 +201,7 @@ Pair quantize_per_token_cuda(Tensor x, OptTensor factor, int64_t rotation, Scala
     using T = decltype(tag);
     dispatch_cache<int8_t>(dtype, [&](auto stored) {
       using C = decltype(stored);
-      if (eights && rows.aligned && is_aligned(p.factor) && p.n <= 16 * 1024) {
-        const dim3 block = p.n <= 512 ? dim3(32, kThreads / 32) : dim3(ceil_div(p.n, 512) * 32);
-        const int threads = int(block.x * block.y);
-        const int groups = int(ceil_div(rows.map.rows, block.y));
-        const int64_t bytes = int64_t(threads) * 16 * sizeof(T);
-        const RingShape shape = ring_shape(quantize_rows<T, C>, groups, threads, bytes, x.get_device_index());
-        if (shape.stages > 0)
-          return launch_kernel(quantize_rows<T, C>, shape.blocks, block, shape.shared, stream, p, groups, shape.stages);
-      }
+      if (eights && rows.aligned && is_aligned(p.factor) && p.n <= 16 * 1024) return launch_rows<T, C>(p, stream);
       const auto kernel = !eights        ? quantize_kernel<T, C, 1, false>
                           : rows.aligned ? quantize_kernel<T, C, 8, true>
                                          : quantize_kernel<T, C, 8, false>;

@@ -29,27 +29,60 @@ __device__ __forceinline__ __nv_fp8_e4m3 from_float<__nv_fp8_e4m3>(float x) {
   return __nv_fp8_e4m3(x);  // to nearest even, saturating; NaN stays NaN
 }
 
+// a / 127 or a / 448, rounded to nearest: with the reciprocal known, a product and its remainder do (Markstein), where
+// the general division takes four times as many instructions.
+template <class C>
+__device__ __forceinline__ float over_max(float a) {
+  constexpr float kMax = kQuantMax<C>, kInverse = 1.f / kMax;
+  if (!(a >= 1e-30f && a <= 1e30f)) return __fdiv_rn(a, kMax);
+  const float q = __fmul_rn(a, kInverse);
+  return __fmaf_rn(__fmaf_rn(-q, kMax, a), kInverse, q);
+}
+
 struct RowScale {
   float scale, inverse;
 };
 template <class C>
 __device__ __forceinline__ RowScale scale_of(float amax) {
-  const float scale = __fdiv_rn(amax, kQuantMax<C>);
-  return {scale, scale >= 1.17549435e-38f ? __fdiv_rn(1.f, scale) : 0.f};
+  const float scale = over_max<C>(amax);
+  return {scale, scale >= 1.17549435e-38f ? __frcp_rn(scale) : 0.f};
 }
+
+// The largest magnitude, on the bits: those of positive floats are in order, and a NaN tops them all, so it reaches the
+// scale. 16-bit values are compared in pairs; float_bits() has the float's bits of the larger one.
+__device__ __forceinline__ uint32_t larger(uint32_t so_far, float x) {
+  return max(so_far, __float_as_uint(x) & 0x7fffffffu);
+}
+template <class T, int N>
+__device__ __forceinline__ uint32_t larger(uint32_t so_far, const Vec<T, N>& x) {
+  constexpr bool kPairs = sizeof(T) == 2;
+  uint32_t words[kPairs ? N / 2 : N];
+  memcpy(words, &x, sizeof x);
+#pragma unroll
+  for (uint32_t w : words) so_far = kPairs ? __vmaxu2(so_far, w & 0x7fff7fffu) : max(so_far, w & 0x7fffffffu);
+  return so_far;
+}
+template <class T>
+__device__ __forceinline__ uint32_t float_bits(uint32_t largest) {
+  if constexpr (sizeof(T) == 4) return largest;
+  const uint16_t bits = uint16_t(max(largest >> 16, largest & 0xffffu));
+  T x;
+  memcpy(&x, &bits, sizeof x);
+  return __float_as_uint(to_float(x));
+}
+
 // Of R rows of N chunks a lane, each held by `width` lanes (all lanes of the warp must arrive); nothing where C is not
-// quantised. The largest magnitude is taken on the bits: those of positive floats are in order, and a NaN tops them
-// all, so it reaches the scale. Rows go through the shuffles and divisions side by side, which are all latency.
+// quantised. Rows go through the shuffles and divisions side by side, which are all latency.
 template <class C, int R, int N, class T>
 __device__ __forceinline__ void row_scales(const Vec<T, kChunk> (&x)[R][N], int width, RowScale (&scales)[R]) {
   if constexpr (kQuantized<C>) {
     uint32_t bits[R] = {};
 #pragma unroll
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
 #pragma unroll
-      for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int i = 0; i < kChunk; ++i) bits[r] = max(bits[r], __float_as_uint(to_float(x[r][n].v[i])) & 0x7fffffffu);
+      for (int n = 0; n < N; ++n) bits[r] = larger(bits[r], x[r][n]);
+      bits[r] = float_bits<T>(bits[r]);
+    }
 #pragma unroll
     for (int o = 16; o > 0; o /= 2) {
       if (o >= width) continue;
@@ -61,18 +94,44 @@ __device__ __forceinline__ void row_scales(const Vec<T, kChunk> (&x)[R][N], int 
   }
 }
 
+// Eight values as C. int8: added to 1.5 * 2^23, a number below 2^22 is rounded to nearest even and lies in the lowest
+// bits, and where `inverse` is not 0 all are numbers of at most 127.0001; where it is 0, so is the result, of NaN, too.
+// (The hardware's conversions go through a unit of a quarter or an eighth of the speed.)
+template <class C>
+__device__ __forceinline__ Vec<C, kChunk> quantized(const float* x, float inverse) {
+  uint32_t words[kChunk / 4];
+#pragma unroll
+  for (int w = 0; w < kChunk / 4; ++w) {
+    float y[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = __fmul_rn(x[4 * w + i], inverse);
+    if constexpr (std::is_same_v<C, int8_t>) {
+      uint32_t bits[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) bits[i] = __float_as_uint(__fadd_rn(y[i], 12582912.f));
+      words[w] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
+      if (inverse == 0.f) words[w] = 0;
+    } else {
+      const auto pair = [&](int i) {  // to nearest even, saturating; NaN stays NaN
+        return uint32_t(__nv_cvt_float2_to_fp8x2(float2{y[i], y[i + 1]}, __NV_SATFINITE, __NV_E4M3));
+      };
+      words[w] = pair(0) | pair(2) << 16;
+    }
+  }
+  Vec<C, kChunk> out;
+  memcpy(&out, words, sizeof out);
+  return out;
+}
 // Stores one thread's chunk; `inverse` is used by a quantised cache only.
 template <class C, class T>
 __device__ __forceinline__ void store_chunk(C* out, const Vec<T, kChunk>& x, float inverse) {
-  Vec<C, kChunk> y;
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if constexpr (kQuantized<C>)
-      y.v[i] = from_float<C>(__fmul_rn(to_float(x.v[i]), inverse));
-    else
-      y.v[i] = x.v[i];
+  if constexpr (kQuantized<C>) {
+    float v[kChunk];
+    to_floats(x, v);
+    store_vec<C, kChunk>(out, quantized<C>(v, inverse));
+  } else {
+    store_vec<C, kChunk>(out, x);
   }
-  store_vec<C, kChunk>(out, y);
 }
 
 // [num_blocks, block_size, Hkv, D] with its scales [num_blocks, block_size, Hkv]

@@ -1,11 +1,10 @@
 // Device helpers of the row-wise kernels: vector loads and stores, index arithmetic, reductions over a group of
-// threads, a ring of rows on their way to shared memory; and on the host, a strided tensor seen as rows.
+// threads; and on the host, a strided tensor seen as rows.
 #pragma once
 
 #include <algorithm>
 
 #include "cuda_common.h"
-#include "tensor_core.cuh"
 
 namespace pagedkv {
 
@@ -47,6 +46,9 @@ __device__ __forceinline__ void store_vec(T* p, const Vec<T, N>& x) {
     }
   }
 }
+// What a kernel reads and the ones in front of it in the stream hardly wrote: into L2 before wait_for_previous().
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // Zeros where !valid, by whole registers: set one by one, 16-bit elements take a register each.
 template <class T, int N>
 __device__ __forceinline__ Vec<T, N> load_or_zero(const T* p, bool valid) {
@@ -55,6 +57,26 @@ __device__ __forceinline__ Vec<T, N> load_or_zero(const T* p, bool valid) {
 #pragma unroll
   for (int i = 0; i < int(sizeof(T)) * N / kVectorBytes; ++i)
     words[i] = valid ? reinterpret_cast<const uint4*>(p)[i] : uint4{0, 0, 0, 0};
+  Vec<T, N> r;
+  memcpy(&r, words, sizeof r);
+  return r;
+}
+// Likewise, of what is read once: not kept in the first-level cache (a copy of 32 MiB: 15.7 us for 16.6).
+__device__ __forceinline__ uint4 stream(const uint4* p) {
+  uint4 w;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+               : "l"(p)
+               : "memory");
+  return w;
+}
+template <class T, int N>
+__device__ __forceinline__ Vec<T, N> stream_or_zero(const T* p, bool valid) {
+  static_assert(sizeof(T) * N % kVectorBytes == 0);
+  uint4 words[sizeof(T) * N / kVectorBytes] = {};
+#pragma unroll
+  for (int i = 0; i < int(sizeof(T)) * N / kVectorBytes; ++i)
+    if (valid) words[i] = stream(reinterpret_cast<const uint4*>(p) + i);
   Vec<T, N> r;
   memcpy(&r, words, sizeof r);
   return r;
@@ -101,10 +123,29 @@ __device__ __forceinline__ Vec<T, N> from_floats(const float* x) {
   }
   return r;
 }
+// By whole registers, too: taken one by one, 16-bit elements are kept in a register each.
 template <class T, int N>
 __device__ __forceinline__ void to_floats(const Vec<T, N>& x, float* out) {
+  if constexpr (N % 2 == 0 && std::is_same_v<T, __nv_bfloat16>) {
+    uint32_t words[N / 2];
+    memcpy(words, &x, sizeof x);
 #pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+    for (int i = 0; i < N / 2; ++i) {
+      out[2 * i] = __uint_as_float(words[i] << 16);
+      out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else if constexpr (N % 2 == 0 && std::is_same_v<T, __half>) {
+    __half2 pairs[N / 2];
+    memcpy(pairs, &x, sizeof x);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      const float2 pair = __half22float2(pairs[i]);
+      out[2 * i] = pair.x, out[2 * i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+  }
 }
 
 // N values as float of a vector that holds either T or float (weights, cos and sin come in both); p aligned to the
@@ -116,9 +157,7 @@ __device__ __forceinline__ void load_mixed(const void* p, bool is_float32, int64
 #pragma unroll
     for (int i = 0; i < N; ++i) out[i] = x.v[i];
   } else {
-    const Vec<T, N> x = load_vec<T, N>(static_cast<const T*>(p) + index);
-#pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(x.v[i]);
+    to_floats(load_vec<T, N>(static_cast<const T*>(p) + index), out);
   }
 }
 
@@ -260,76 +299,6 @@ inline Rows as_rows(const Tensor& x) {
   bool aligned = is_aligned(x.const_data_ptr());
   for (int64_t s : stride) aligned = aligned && s * int64_t(x.element_size()) % kVectorBytes == 0;
   return {x, {size[0] * size[1], Divisor(size[0]), stride[1], stride[0]}, aligned};
-}
-
-// a ring of rows -----------------------------------------------------------------------------------------------------
-//
-// For kernels whose blocks go through many rows, or groups of them: asynchronous copies into shared memory run kStages
-// ahead, so that the reduction over one row does not leave memory idle. A thread copies and reads its own 16-byte
-// pieces only: no barrier. Piece i of a thread in slot s lies at ((s * pieces + i) * threads + thread) * 16: no bank
-// conflict. Pieces beyond the row's end are cleared once, and never copied. In a loop: ready(), piece() for all pieces,
-// then (the values being used) copy() for those of the group that takes the slot, and advance().
-struct RowRing {
-  static constexpr int kStages = 3;
-
-  uint8_t* base;
-  uint32_t address;
-  int step, stages, slot_bytes, slot = 0;  // bytes; slot: where the current one begins
-
-  __device__ __forceinline__ RowRing(uint8_t* shared, int pieces, int stages_) : stages(stages_) {
-    const int thread = int(threadIdx.y * blockDim.x + threadIdx.x);
-    step = int(blockDim.x * blockDim.y) * kVectorBytes;
-    slot_bytes = pieces * step;
-    base = shared + thread * kVectorBytes;
-    address = smem_address(base);
-  }
-  __device__ __forceinline__ void clear(int i) {
-    for (int s = 0; s < stages; ++s) *reinterpret_cast<uint4*>(base + s * slot_bytes + i * step) = uint4{0, 0, 0, 0};
-  }
-  __device__ __forceinline__ void copy(int i, const void* source) {
-    cp_async<kVectorBytes>(address + uint32_t(slot + i * step), source, true);
-  }
-  __device__ __forceinline__ void advance() {
-    cp_async_commit();
-    slot += slot_bytes;
-    if (slot == stages * slot_bytes) slot = 0;
-  }
-  // Until this slot's pieces have arrived.
-  __device__ __forceinline__ void ready() const {
-    if (stages == 3)
-      cp_async_wait<2>();
-    else if (stages == 2)
-      cp_async_wait<1>();
-    else
-      cp_async_wait<0>();
-  }
-  template <class T>
-  __device__ __forceinline__ Vec<T, kVec<T>> piece(int i) const {
-    return *reinterpret_cast<const Vec<T, kVec<T>>*>(base + slot + i * step);
-  }
-};
-
-// The shape of a launch whose blocks of `threads` go through `groups` with `bytes` each: `blocks` fill the device once,
-// with even shares. stages 0: a group does not fit into shared memory.
-struct RingShape {
-  unsigned blocks;
-  int stages;
-  size_t shared;
-};
-template <class... P>
-RingShape ring_shape(void (*kernel)(P...), int64_t groups, int threads, int64_t bytes, int device) {
-  int sms = 0, most = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  constexpr int kOwn = 2048;  // of the kernel's own shared memory, at most
-  const int64_t resident = int64_t(sms) * std::max(1, 1024 / threads);
-  const int64_t each = (groups + resident - 1) / resident;  // groups of a block
-  RingShape shape{ceil_div(groups, std::max<int64_t>(each, 1)), 0, 0};
-  shape.stages = int(std::min<int64_t>({RowRing::kStages, each, (most - kOwn) / std::max<int64_t>(bytes, 1)}));
-  shape.shared = size_t(shape.stages * bytes);
-  if (shape.shared + kOwn > (48u << 10))
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - kOwn));
-  return shape;
 }
 
 // contiguous, whatever x is

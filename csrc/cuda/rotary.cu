@@ -5,9 +5,11 @@
 // loads its partner's eight as well (from L1) and computes only its own, so the row ends up in the layout in which the
 // cache is written and quantised. All loads of a warp come before its stores, because q is rotated in place.
 // rotary_pairs: the same for many rows, where halves are rotated as a whole: a lane holds eight elements of the first
-// half and their partners of the second, of two heads of a token, so that nothing is read twice (8192 tokens of
-// Llama-3-8B: 64 us for 92; four heads: 74). At one token it is no faster, into an int8 cache 0.4 us slower.
-// All round through the same two functions, so the fused op stores the bits of the two ops in turn.
+// half and their partners of the second, of two heads of a token (one, where a count of heads is odd), so that nothing
+// is read twice (8192 tokens of Llama-3-8B: 64 us for 92; four heads: 74). Both heads are of one part of the token,
+// whose addresses are worked out once, and before the kernel in front has ended: 4096 tokens 28.2 us for 31.4. At one
+// token it is no faster, into an int8 cache 0.4 us slower. All round through the same two functions, so the fused op
+// stores the bits of the two ops in turn.
 //
 // Floor: (read and write q, k [, read v, write the cache] + cos, sin) / 4.28 TB/s.
 #include "quantize.cuh"
@@ -57,14 +59,15 @@ struct RotaryParams {
 // V pairs an item (interleaved: V / 2 pairs, a vector of V elements; V = 1 is the scalar path, one pair an item)
 template <class T, int V, bool interleaved>
 __global__ void __launch_bounds__(kBlock) rotary_kernel(const RotaryParams p) {
-  begin_kernel();
+  release_next();
   const int64_t item = int64_t(blockIdx.x) * kBlock + threadIdx.x;
-  if (item >= p.items) return;
   const Quotient row = divide(item, p.items_per_head);
   const Quotient token = divide(row.q, p.heads);
   const bool is_key = token.r >= p.q.heads;
   const Heads& h = is_key ? p.k : p.q;
   T* x = static_cast<T*>(h.data) + token.q * h.stride_token + (token.r - (is_key ? p.q.heads : 0)) * h.stride_head;
+  wait_for_previous();
+  if (item >= p.items) return;
 
   if constexpr (interleaved) {
     constexpr int N = V == 1 ? 1 : V / 2;  // pairs
@@ -104,7 +107,7 @@ struct RotaryCacheParams {
   CacheShape shape;
   const int64_t* slots;  // [T]
   int64_t tokens;
-  Divisor heads;  // q.heads + k.heads + v.heads; rotary_pairs: groups of kHeads in that
+  Divisor heads;  // q.heads + k.heads + v.heads; rotary_pairs: groups of N in each of these
   int chunks;     // of 8 elements in a row; rotary_pairs: in half of it
 };
 
@@ -114,11 +117,11 @@ struct Place {
   Part part;
   int head;  // in it
 };
-__device__ __forceinline__ Place place_of(const RotaryCacheParams& p, int head) {
-  if (head < p.q.heads) return {kQuery, head};
-  head -= p.q.heads;
-  if (head < p.k.heads) return {kKey, head};
-  return {kValue, head - p.k.heads};
+__device__ __forceinline__ Place place_of(int head, int query_heads, int key_heads) {
+  if (head < query_heads) return {kQuery, head};
+  head -= query_heads;
+  if (head < key_heads) return {kKey, head};
+  return {kValue, head - key_heads};
 }
 // Values are chosen, not addresses: a parameter read by an address that is not known beforehand costs half a
 // microsecond.
@@ -140,58 +143,59 @@ __device__ __forceinline__ CacheView cache_of(const RotaryCacheParams& p, Part p
           choose(part, k.stride_head, k.stride_head, v.stride_head)};
 }
 
-// block (lanes of half a row, items); an item is kHeads heads of a token.
-template <class T>
-constexpr int kHeads = sizeof(T) == 2 ? 2 : 1;  // 64 bytes
-template <class T, class C>
+// block (lanes of half a row, items); an item is N heads of one part of a token.
+template <class T, class C, int N>
 __global__ void __launch_bounds__(kBlock, 4) rotary_pairs(const __grid_constant__ RotaryCacheParams p) {
-  constexpr int N = kHeads<T>;
-  begin_kernel();
+  release_next();
   const Quotient item = divide(int64_t(blockIdx.x) * blockDim.y + threadIdx.y, p.heads);
   const int64_t t = item.q;
-  const int lane = threadIdx.x, first = int(item.r) * N, end = p.q.heads + p.k.heads + p.v.heads;
+  Place at = place_of(int(item.r), (p.q.heads + N - 1) / N, (p.k.heads + N - 1) / N);
+  at.head *= N;
+  const int lane = threadIdx.x, heads = choose(at.part, p.q.heads, p.k.heads, p.v.heads);
   const bool live = t < p.tokens && lane < p.chunks;
+  const int64_t stride = choose(at.part, p.q.stride_head, p.k.stride_head, p.v.stride_head);
+  T* const row = row_of<T>(p, live ? t : 0, at) + lane * kChunk;
+  wait_for_previous();
+
   Vec<T, kChunk> x[N][2];
-  float c[kChunk] = {}, s[kChunk] = {};
-  int64_t slot = -1;
+  bool inside[N];
 #pragma unroll
   for (int h = 0; h < N; ++h) {
-    const bool inside = live && first + h < end;
-    const T* const from =
-        row_of<T>(p, inside ? t : 0, place_of(p, inside ? first + h : 0)) + (inside ? lane * kChunk : 0);
-    x[h][0] = load_or_zero<T, kChunk>(from, inside);
-    x[h][1] = load_or_zero<T, kChunk>(from + p.angles.half, inside);
+    inside[h] = live && at.head + h < heads;
+    x[h][0] = load_or_zero<T, kChunk>(row + h * stride, inside[h]);
+    x[h][1] = load_or_zero<T, kChunk>(row + h * stride + p.angles.half, inside[h]);
   }
-  if (live) {
+  const int64_t slot = live && at.part != kQuery ? p.slots[t] : -1;
+  if (live && at.part != kValue) {
+    float c[kChunk], s[kChunk];
     load_angles<T, kChunk>(p.angles, t, lane * kChunk, c, s);
-    slot = p.slots[t];
-  }
 #pragma unroll
-  for (int h = 0; h < N; ++h) {
-    if (place_of(p, first + h).part == kValue) continue;
-    float x1[kChunk], x2[kChunk], y1[kChunk], y2[kChunk];
-    to_floats(x[h][0], x1), to_floats(x[h][1], x2);
+    for (int h = 0; h < N; ++h) {
+      float x1[kChunk], x2[kChunk], y1[kChunk], y2[kChunk];
+      to_floats(x[h][0], x1), to_floats(x[h][1], x2);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      y1[i] = rotate_first(x1[i], x2[i], c[i], s[i]);
-      y2[i] = rotate_second(x1[i], x2[i], c[i], s[i]);
+      for (int i = 0; i < kChunk; ++i) {
+        y1[i] = rotate_first(x1[i], x2[i], c[i], s[i]);
+        y2[i] = rotate_second(x1[i], x2[i], c[i], s[i]);
+      }
+      x[h][0] = from_floats<T, kChunk>(y1);
+      x[h][1] = from_floats<T, kChunk>(y2);
     }
-    x[h][0] = from_floats<T, kChunk>(y1);
-    x[h][1] = from_floats<T, kChunk>(y2);
   }
   RowScale scales[N];
-  row_scales<C>(x, blockDim.x, scales);
+  if (__any_sync(kFullWarp, slot >= 0)) row_scales<C>(x, blockDim.x, scales);
+  if (at.part == kQuery) {
 #pragma unroll
-  for (int h = 0; h < N; ++h) {
-    const Place at = place_of(p, first + h);
-    if (!live || first + h >= end) continue;
-    if (at.part == kQuery) {
-      T* const to = row_of<T>(p, t, at) + lane * kChunk;
-      store_vec<T, kChunk>(to, x[h][0]);
-      store_vec<T, kChunk>(to + p.angles.half, x[h][1]);
-    } else if (slot >= 0 && slot < p.shape.slots) {
-      write_row<C>(cache_of(p, at.part), p.shape, slot, at.head, lane, x[h], p.angles.half, scales[h]);
+    for (int h = 0; h < N; ++h) {
+      if (!inside[h]) continue;
+      store_vec<T, kChunk>(row + h * stride, x[h][0]);
+      store_vec<T, kChunk>(row + h * stride + p.angles.half, x[h][1]);
     }
+  } else if (slot >= 0 && slot < p.shape.slots) {
+    const CacheView cache = cache_of(p, at.part);
+#pragma unroll
+    for (int h = 0; h < N; ++h)
+      if (inside[h]) write_row<C>(cache, p.shape, slot, at.head + h, lane, x[h], p.angles.half, scales[h]);
   }
 }
 
@@ -244,43 +248,31 @@ __device__ __forceinline__ Vec<T, kChunk> rotate_chunk(const T* x, const Angles&
 
 // block (lanes of a row, rows)
 template <class T, class C, bool Aligned>
-__global__ void __launch_bounds__(kBlock) rotary_cache_kernel(const RotaryCacheParams p) {
-  begin_kernel();
+__global__ void __launch_bounds__(kBlock) rotary_cache_kernel(const __grid_constant__ RotaryCacheParams p) {
+  release_next();
   const int lane = threadIdx.x;
   const Quotient token = divide(int64_t(blockIdx.x) * blockDim.y + threadIdx.y, p.heads);
   const bool live = token.q < p.tokens && lane < p.chunks;
   const int64_t t = token.q;
-  int head = int(token.r);
-  int part = 0;  // q, k, v
-  if (head >= p.q.heads) {
-    head -= p.q.heads;
-    part = 1;
-    if (head >= p.k.heads) {
-      head -= p.k.heads;
-      part = 2;
-    }
-  }
+  const Place at = place_of(int(token.r), p.q.heads, p.k.heads);
+  T* const row = row_of<T>(p, live ? t : 0, at);
+  wait_for_previous();
 
+  // Its load comes before all that waits for others.
+  const int64_t slot = live && at.part != kQuery ? p.slots[t] : -1;
   Vec<T, kChunk> rows[1][1], &x = rows[0][0];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) x.v[i] = from_float<T>(0.f);
-  int64_t slot = -1;
   if (live) {
-    const Heads& h = part == 0 ? p.q : part == 1 ? p.k : p.v;
-    const T* from = static_cast<const T*>(h.data) + t * h.stride_token + head * h.stride_head;
-    x = part == 2 ? load_any<Aligned, T, kChunk>(from + lane * kChunk)
-                  : rotate_chunk<T, Aligned>(from, p.angles, t, lane);
-    if (part > 0) slot = p.slots[t];
+    x = at.part == kValue ? load_any<Aligned, T, kChunk>(row + lane * kChunk)
+                          : rotate_chunk<T, Aligned>(row, p.angles, t, lane);
   }
   __syncwarp();  // every lane has loaded its partner
-  if (live && part == 0) {
-    T* to = static_cast<T*>(p.q.data) + t * p.q.stride_token + head * p.q.stride_head + lane * kChunk;
-    store_any<Aligned, T, kChunk>(to, x);
-  }
+  if (live && at.part == kQuery) store_any<Aligned, T, kChunk>(row + lane * kChunk, x);
   RowScale scale[1];
   row_scales<C>(rows, blockDim.x, scale);
   if (slot >= 0 && slot < p.shape.slots)
-    write_row<C>(part == 1 ? p.key_cache : p.value_cache, p.shape, slot, head, lane, rows[0], 0, scale[0]);
+    write_row<C>(cache_of(p, at.part), p.shape, slot, at.head, lane, rows[0], 0, scale[0]);
 }
 
 // host ---------------------------------------------------------------------------------------------------------------
@@ -297,14 +289,20 @@ Angles angles_of(const Tensor& cos, const Tensor& sin, bool interleaved) {
 
 constexpr int64_t kManyRows = 3072;  // 64 tokens of Llama-3-8B: where rotary_pairs is as fast or faster
 
-// rotary_pairs takes these q, k (and v) with a row's halves in 16-byte pieces.
+// rotary_pairs takes these q, k and v with a row's halves in 16-byte pieces.
 template <class T, class C>
 void launch_pairs(RotaryCacheParams p, cudaStream_t stream) {
-  p.heads = int64_t(ceil_div(p.q.heads + p.k.heads + p.v.heads, kHeads<T>));
-  p.chunks = p.angles.half / kChunk;
-  const unsigned lanes = row_lanes(p.angles.half);
-  const dim3 block(lanes, kBlock / lanes);
-  launch_kernel(rotary_pairs<T, C>, ceil_div(p.tokens * p.heads.d, block.y), block, 0, stream, p);
+  const auto run = [&](auto heads) {
+    constexpr int N = decltype(heads)::value;
+    p.heads = int64_t(ceil_div(p.q.heads, N) + ceil_div(p.k.heads, N) + ceil_div(p.v.heads, N));
+    p.chunks = p.angles.half / kChunk;
+    const unsigned lanes = row_lanes(p.angles.half);
+    const dim3 block(lanes, kBlock / lanes);
+    launch_kernel(rotary_pairs<T, C, N>, ceil_div(p.tokens * p.heads.d, block.y), block, 0, stream, p);
+  };
+  const bool even = (p.q.heads | p.k.heads | p.v.heads) % 2 == 0;
+  if (sizeof(T) == 2 && even) return run(std::integral_constant<int, 2>{});  // 64 bytes a lane
+  run(std::integral_constant<int, 1>{});
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 using __nv_fp8_storage_t = unsigned char;
 using __nv_fp8x2_storage_t = unsigned short;
 enum __nv_fp8_interpretation_t { __NV_E4M3 };
+enum __nv_saturation_t { __NV_SATFINITE };
 
 struct __nv_fp8_e4m3 {
   __nv_fp8_storage_t __x;
@@ -31,4 +32,7 @@ inline __half_raw __nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t x, __nv_fp8_interpr
 inline __half2_raw __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t x, __nv_fp8_interpretation_t kind) {
   return {__nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t(x), kind).x,
           __nv_cvt_fp8_to_halfraw(__nv_fp8_storage_t(x >> 8), kind).x};
+}
+inline __nv_fp8x2_storage_t __nv_cvt_float2_to_fp8x2(float2 x, __nv_saturation_t, __nv_fp8_interpretation_t) {
+  return __nv_fp8x2_storage_t(__nv_fp8_e4m3(x.x).__x | __nv_fp8_e4m3(x.y).__x << 8);
 }

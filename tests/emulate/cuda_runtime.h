@@ -403,12 +403,17 @@ inline float approximate(float y, int ulps) {
   if (!isfinite(y) || (bits & 0x7fffffu) == 0) return y;
   return __uint_as_float(bits + hash % (2 * ulps + 1) - ulps);
 }
+inline float __frcp_rn(float x) { return 1.f / x; }
 inline float __fdividef(float a, float b) { return approximate(a / b, 2); }
 inline float __expf(float x) {
   const float y = expf(x);
   return y < 0x1p-100f ? y : approximate(y, 2 + int(fabsf(x)));
 }
 inline float __logf(float x) { return approximate(logf(x), 3); }
+// the larger of each half
+inline unsigned __vmaxu2(unsigned a, unsigned b) {
+  return std::max(a & 0xffff0000u, b & 0xffff0000u) | std::max(a & 0xffffu, b & 0xffffu);
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __float2int_rn(float x) {
   if (x != x) return 0;
@@ -458,6 +463,10 @@ void mov_b64(T& to, T from) {
 }
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
+inline void ld_global_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const uint4* p) {
+  const uint4 v = *p;
+  x = v.x, y = v.y, z = v.z, w = v.w;
+}
 inline void prefetch_global_L2(const volatile void*) {}
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);

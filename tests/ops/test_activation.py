@@ -97,6 +97,23 @@ def test_zero_nan_and_infinity(device: str, name: str) -> None:
     assert torch.equal(got.nan_to_num(7.0), exact.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_of_16_bits(device: str, name: str, dtype: torch.dtype) -> None:
+    """Within a little over the last rounding, elementwise, where PyTorch's own may be further off; NaN and infinity."""
+    x = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
+    got, exact = ops.bias_act(x, None, name), EXACT[name](x.double())
+    assert torch.equal(got.isnan(), exact.to(dtype).isnan())
+    numbers = exact.isfinite() & x.isfinite()
+    got, want, own = got[numbers].double(), exact[numbers], ACTIVATIONS[name](x[numbers]).double()
+    tiny = torch.finfo(dtype).smallest_normal
+    step = torch.finfo(dtype).eps * want.abs().clamp_min(tiny)
+    # A GPU's approximate quotient is 0 where its divisor is over 2^126: results of 1e-36 and less.
+    allowed = torch.maximum(2 * (own - want).abs(), 0.55 * step) + 2e-36
+    large = got.isinf() & (want.abs() > 0.99 * torch.finfo(dtype).max)
+    assert bool((((got - want).abs() <= allowed) | large).all())
+
+
 def test_any_strides_and_threads(device: str) -> None:
     new = Inputs(device)
     gate, up = new.normal(6, 50, 700), new.normal(50, 6, 700).transpose(0, 1)

@@ -151,6 +151,31 @@ def test_many_rows_on_all_threads(device: str) -> None:
     assert same_bits(got, torch.cat([ops.rms_norm(part, weight, 1e-5) for part in x.split(100)]))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_row_does_not_depend_on_the_batch(device: str, dtype: torch.dtype) -> None:
+    """The same bits alone and among many rows, of which a GPU's lanes hold several if they are short; at every width
+    that the kernels are made for."""
+    new = Inputs(device)
+    for n in (8, 64, 136, 256, 264, 576, 1024, 2304, 4096, 5120, 8200, 16384):
+        lanes = 1 << ((n - 1) // 8).bit_length()
+        rows = 20 if n > 256 or device == "cpu" else (1 << 18) // lanes + 5
+        x, y = (torch.randn(rows, n, device=device).to(dtype) for _ in range(2))
+        weight, bias = new.normal(n, dtype=dtype), new.normal(n)
+
+        def norms(some: slice, x: Tensor = x, y: Tensor = y, w: Tensor = weight, b: Tensor = bias) -> list[Tensor]:
+            x, y = x[some], y[some]
+            both = ops.add_rms_norm(x, y, w, 1e-5, round_before_weight=True)
+            return [*both, ops.rms_norm(x, b, 1e-5, weight_offset=1.0), ops.layer_norm(x, w, b, 1e-5)]
+
+        whole = norms(slice(None))
+        for i in (0, rows // 2, rows - 1):
+            for a, b in zip(whole, norms(slice(i, i + 1)), strict=True):
+                assert same_bits(a[i : i + 1], b)
+        exact = F.layer_norm(x.double(), (n,), weight.double(), bias.double(), 1e-5)
+        own = F.layer_norm(x.float(), (n,), weight.float(), bias, 1e-5).to(dtype)
+        assert_as_accurate(whole[3], own, exact)
+
+
 def test_zeros_nan_and_infinity(device: str) -> None:
     x = torch.zeros(3, 20, device=device)
     x[1, 3], x[2, 4] = torch.nan, torch.inf

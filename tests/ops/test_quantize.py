@@ -52,6 +52,24 @@ def test_bits_of_rows(device, rows, k, dtype, stored, with_factor, view, seed) -
 
 @pytest.mark.parametrize("stored", QUANTIZED, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_bits_of_wide_and_odd_rows(device: str, dtype: torch.dtype, stored: torch.dtype) -> None:
+    """Every width that the kernels are made for; from tiny rows to huge ones, with what is no number among them."""
+    new = Inputs(device)
+    for k in (40, 576, 1032, 2304, 4096, 8192, 16384, 16392):
+        x = new.normal(20, k, dtype=dtype, scale=3.0)
+        x *= torch.logspace(-36, 38, len(x), device=device)[:, None].to(dtype)
+        x[1], x[2, 3], x[3, 5], x[4, -1], x[5] = 0, torch.nan, torch.inf, -torch.inf, 1e-40
+        for factor in (None, new.normal(k).abs() + 0.1):
+            got = ops.quantize_per_token(x, factor, dtype=stored)
+            want = REFERENCES["quantize_per_token"](*cpu([x, factor]), 0, stored)
+            for a, b in zip(got, want, strict=True):
+                numbers = ~b.float().isnan()
+                assert torch.equal(~a.cpu().float().isnan(), numbers)
+                assert torch.equal(a.cpu().float()[numbers], b.float()[numbers])
+
+
+@pytest.mark.parametrize("stored", QUANTIZED, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_half_a_step(device: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     x = Inputs(device).normal(20, 333, dtype=dtype)
     q, scale = ops.quantize_per_token(x, dtype=stored)
