@@ -38,6 +38,9 @@
 // x 4096 70.0 and 71.6, 32 heads 32 x 2048 141.5 and 139.4, 64 ragged of 2048 99 and 82. 3 CTAs of 3: 140.5, 75, 141,
 // 90. Without computing, 132 at 32 x 8192 and 126 without the scales; with scales [head, token], 132.1 for 132.4. L2
 // fetching 256 bytes at a time reads other heads for nothing: 192 for 141.5 with 32 heads.
+// Beside caches of bfloat16 in one run, us, int8 and fp8: 32 x 8192 135 and 137 (247), 32 x 4096 71 and 71.5 (128), 32
+// heads 32 x 2048 146 (244, whose warps are on their own there: not tried here with as many items), 64 ragged 89 and 87
+// (144.5), Gemma-2-9B 32 x 2048 69 (131).
 #pragma once
 
 #include "paged_decode.cuh"
