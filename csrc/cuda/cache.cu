@@ -161,37 +161,41 @@ __global__ void __launch_bounds__(kBlock) gather_kernel(const __grid_constant__ 
 // whole blocks -------------------------------------------------------------------------------------------------------
 
 constexpr int kUnroll = 4;
-constexpr int64_t kPiece = kBlock * kUnroll * kVectorBytes;  // bytes that one thread block moves
+template <int kThreads>
+constexpr int64_t kPiece = kThreads * kUnroll * kVectorBytes;  // bytes that so many threads move at once
 
 // Bytes [piece * kPiece, ...) of a block, in words of W.
-template <class W>
+template <int kThreads, class W>
 __device__ __forceinline__ void copy_piece(const char* src, char* dst, int64_t bytes, int64_t piece) {
-  const int64_t end = min(bytes, (piece + 1) * kPiece) / int64_t(sizeof(W));
-  const W* from = reinterpret_cast<const W*>(src);
-  W* to = reinterpret_cast<W*>(dst);
-  constexpr int step = kBlock * kUnroll;
-  for (int64_t i = piece * kPiece / int64_t(sizeof(W)) + threadIdx.x; i < end; i += step) {
+  constexpr int64_t size = kPiece<kThreads>;
+  const int64_t first = piece * size / int64_t(sizeof(W));
+  const W* const from = reinterpret_cast<const W*>(src) + first;
+  W* const to = reinterpret_cast<W*>(dst) + first;
+  const int count = int(min(bytes - piece * size, size) / int64_t(sizeof(W)));
+  constexpr int step = kThreads * kUnroll;
+  for (int i = threadIdx.x; i < count; i += step) {
     W part[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * kBlock < end) part[u] = from[i + u * kBlock];
+      if (i + u * kThreads < count) part[u] = from[i + u * kThreads];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * kBlock < end) to[i + u * kBlock] = part[u];
+      if (i + u * kThreads < count) to[i + u * kThreads] = part[u];
   }
 }
+template <int kThreads>
 __device__ __forceinline__ void copy_piece(const char* src, char* dst, int64_t bytes, int64_t piece, int width) {
   switch (width) {
     case 16:
-      return copy_piece<uint4>(src, dst, bytes, piece);
+      return copy_piece<kThreads, uint4>(src, dst, bytes, piece);
     case 8:
-      return copy_piece<uint2>(src, dst, bytes, piece);
+      return copy_piece<kThreads, uint2>(src, dst, bytes, piece);
     case 4:
-      return copy_piece<uint32_t>(src, dst, bytes, piece);
+      return copy_piece<kThreads, uint32_t>(src, dst, bytes, piece);
     case 2:
-      return copy_piece<uint16_t>(src, dst, bytes, piece);
+      return copy_piece<kThreads, uint16_t>(src, dst, bytes, piece);
     default:
-      return copy_piece<uint8_t>(src, dst, bytes, piece);
+      return copy_piece<kThreads, uint8_t>(src, dst, bytes, piece);
   }
 }
 // The widest word that divides all of these: addresses and sizes.
@@ -228,10 +232,10 @@ __global__ void __launch_bounds__(kBlock) copy_kernel(const __grid_constant__ Co
   begin_kernel();
   const CopyCache& c = p.caches[blockIdx.y];
   const Quotient at = divide(int64_t(blockIdx.x), p.pieces);  // pair, piece
-  if (at.r * kPiece >= c.bytes) return;
+  if (at.r * kPiece<kBlock> >= c.bytes) return;
   const int64_t from = p.pairs[2 * at.q], to = p.pairs[2 * at.q + 1];
   if (from < 0 || from >= c.blocks || to < 0 || to >= c.blocks || from == to) return;
-  copy_piece(c.data + from * c.bytes, c.data + to * c.bytes, c.bytes, at.r, c.width);
+  copy_piece<kBlock>(c.data + from * c.bytes, c.data + to * c.bytes, c.bytes, at.r, c.width);
 }
 
 // swap_blocks
@@ -245,6 +249,7 @@ struct SwapParams {
   int64_t bytes;   // of a block
   Divisor pieces;  // of a block
   int width;
+  int count;  // of pairs
   SwapPair pairs[kPairs];
 };
 static_assert(sizeof(SwapParams) <= 4096);
@@ -253,7 +258,36 @@ __global__ void __launch_bounds__(kBlock) swap_kernel(const __grid_constant__ Sw
   begin_kernel();
   const Quotient at = divide(int64_t(blockIdx.x), p.pieces);
   const SwapPair pair = p.pairs[at.q];
-  copy_piece(p.src + pair.from * p.bytes, p.dst + pair.to * p.bytes, p.bytes, at.r, p.width);
+  copy_piece<kBlock>(p.src + pair.from * p.bytes, p.dst + pair.to * p.bytes, p.bytes, at.r, p.width);
+}
+
+// Over the bus: a few blocks of one warp, with few registers.
+template <class W>
+__global__ void __maxnreg__(32) host_swap_kernel(const __grid_constant__ SwapParams p) {
+  begin_kernel();
+  const int pieces = int(p.pieces.d);
+  int pair = 0;
+  for (int piece = blockIdx.x;; piece += gridDim.x) {
+    for (; piece >= pieces; piece -= pieces) ++pair;
+    if (pair >= p.count) return;
+    copy_piece<32, W>(p.src + p.pairs[pair].from * p.bytes, p.dst + p.pairs[pair].to * p.bytes, p.bytes, piece);
+  }
+}
+
+using SwapKernel = void (*)(SwapParams);
+SwapKernel host_swap(int width) {
+  switch (width) {
+    case 16:
+      return host_swap_kernel<uint4>;
+    case 8:
+      return host_swap_kernel<uint2>;
+    case 4:
+      return host_swap_kernel<uint32_t>;
+    case 2:
+      return host_swap_kernel<uint16_t>;
+    default:
+      return host_swap_kernel<uint8_t>;
+  }
 }
 
 // The address under which a kernel on the current device reaches all of the tensor, or null: pageable host memory.
@@ -367,7 +401,7 @@ void copy_blocks_cuda(std::vector<Tensor> caches, Tensor block_mapping) {
       const int64_t bytes = block_bytes(c);
       char* data = static_cast<char*>(c.mutable_data_ptr());
       p.caches[i] = {data, bytes, c.size(0), word_width(data, data, bytes)};
-      pieces = std::max<int64_t>(pieces, ceil_div(bytes, kPiece));
+      pieces = std::max<int64_t>(pieces, ceil_div(bytes, kPiece<kBlock>));
     }
     p.pieces = pieces;
     launch_kernel(copy_kernel, dim3(unsigned(pairs * pieces), unsigned(count)), kBlock, 0, stream, p);
@@ -421,12 +455,20 @@ void swap_blocks_cuda(Tensor src, Tensor dst, Tensor block_mapping) {
   p.src = kernel_from;
   p.dst = kernel_to;
   p.bytes = bytes;
-  p.pieces = int64_t(ceil_div(bytes, kPiece));
+  p.pieces = int64_t(ceil_div(bytes, both ? kPiece<kBlock> : kPiece<32>));
   p.width = word_width(kernel_from, kernel_to, bytes);
+  // Warps that saturate the bus: writes are posted, and more of them in flight than needed hold up reads the other way.
+  int warps = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&warps, cudaDevAttrMultiProcessorCount, device.get_device_index()));
+  if (src.is_cuda()) warps /= 2;
   for (int64_t first = 0; first < pairs; first += SwapParams::kPairs) {
     const int64_t count = std::min(pairs - first, int64_t(SwapParams::kPairs));
     std::copy(map + first, map + first + count, p.pairs);
-    launch_kernel(swap_kernel, unsigned(count * p.pieces.d), kBlock, 0, stream, p);
+    p.count = int(count);
+    if (both)
+      launch_kernel(swap_kernel, unsigned(count * p.pieces.d), kBlock, 0, stream, p);
+    else
+      launch_kernel(host_swap(p.width), unsigned(std::min<int64_t>(count * p.pieces.d, warps)), 32, 0, stream, p);
   }
 }
 

@@ -30,6 +30,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 struct uint3 {
   unsigned x, y, z;
