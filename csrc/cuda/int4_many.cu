@@ -198,57 +198,16 @@ __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, B
   }
 }
 
-__device__ __forceinline__ uint32_t twice(uint32_t bits) { return bits | bits << 16; }
-
-template <class T>
-__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
-  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const T2 d = __hmul2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&d);
+// Words j of 32 inputs [j][output] -> the fragments of their two products.
+template <class F>
+__device__ __forceinline__ void make_weights(const F& factors, const uint2 (&words)[4], int shift,
+                                             uint32_t (&a)[2][4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int b = 0; b < 2; ++b)
+      a[j / 2][b + j % 2 * 2] = factors.weights((b == 0 ? words[j].x : words[j].y) >> shift, b);
 }
-template <class T>
-__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
-  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const T2 d =
-      __hfma2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b), *reinterpret_cast<const T2*>(&c));
-  return *reinterpret_cast<const uint32_t*>(&d);
-}
-
-// Of a lane's two outputs, in both halves. With kSplit a float16 scale is the sum of two bfloat16.
-template <class T, bool kSplit>
-struct Factors {
-  uint32_t zero[2], scale[2], rest[kSplit ? 2 : 1];
-  __device__ __forceinline__ void set(uint32_t scales, uint32_t zeros) {
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      const uint32_t bits = scales >> 16 * b & 0xffff;
-      zero[b] = int4_zero_pair<T>(zeros, b);
-      if constexpr (kSplit) {
-        const float value = __half2float(__ushort_as_half(uint16_t(bits)));
-        const __nv_bfloat16 high = __float2bfloat16(value), low = __float2bfloat16(value - __bfloat162float(high));
-        scale[b] = twice(__bfloat16_as_ushort(high)), rest[b] = twice(__bfloat16_as_ushort(low));
-      } else {
-        scale[b] = twice(bits);
-      }
-    }
-  }
-  // Words j of 32 inputs [j][output] -> the fragments of their two products.
-  __device__ __forceinline__ void apply(const uint2 (&words)[4], int shift, uint32_t (&a)[2][4]) const {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        uint32_t& to = a[j / 2][b + j % 2 * 2];
-        const uint32_t word = b == 0 ? words[j].x : words[j].y;
-        const uint32_t number = and_xor(word >> shift, 0x000f000fu, int4_bias<T>() | 0x00080008u);
-        const uint32_t whole = subtract_pair<T>(number, zero[b]);
-        if constexpr (kSplit)
-          to = fma_pair<T>(whole, scale[b], multiply_pair<T>(whole, rest[b]));
-        else
-          to = multiply_pair<T>(whole, scale[b]);
-      }
-  }
-};
 
 // A lane's sums of a tile: d[4 j + 2 h + e] is output n + h of row 8 j + e. Each step goes over all of them, for what
 // is unrolled here must stay small: with everything done for a pair at a time, 128 rows of code took longer to fetch
@@ -325,7 +284,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
     for (int i = 0; i < S::kSums; ++i) sum[i] = 0.f;
     wgmma::pin(sum);
     uint32_t a[2][kBatch][2][4];
-    Factors<T, kSplit> factors;
+    Int4Factors<T, kSplit, 2> factors;
     int left = 0, span = work.of_group - it.begin * S::kSlices % work.of_group;  // slices of this group, of the next
     int before = -1;
     uint2 word[S::kSlices][4];
@@ -348,12 +307,12 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
           const int slice = i * kBatch + s;
           if (left == 0 && stage * S::kSlices + slice < work.slices) {  // beyond, x is 0
             const int from = base + slice * S::kFactorBytes;
-            factors.set(*reinterpret_cast<const uint32_t*>(scales + from),
+            factors.set({*reinterpret_cast<const uint32_t*>(scales + from)},
                         p.zeros ? *reinterpret_cast<const uint16_t*>(zeros + from) : 0x0808u);
             left = span, span = work.of_group;
           }
           --left;
-          factors.apply(word[slice], 4 * t, a[i][s]);
+          make_weights(factors, word[slice], 4 * t, a[i][s]);
         }
         if (i == 1 && stage + 1 < it.end) load();
         wgmma::fence();

@@ -31,6 +31,51 @@ __device__ __forceinline__ uint32_t and_xor(uint32_t a, uint32_t mask, uint32_t 
   return r;
 }
 
+template <class T>
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const T2 d = __hmul2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+template <class T>
+__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
+  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  const T2 d =
+      __hfma2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b), *reinterpret_cast<const T2*>(&c));
+  return *reinterpret_cast<const uint32_t*>(&d);
+}
+
+// Of a lane's outputs, in both halves. With kSplit a float16 scale is the sum of two bfloat16.
+template <class T, bool kSplit, int kOutputs>
+struct Int4Factors {
+  uint32_t zero[kOutputs], scale[kOutputs], rest[kSplit ? kOutputs : 1];
+  // Scales in pairs, zeros in bytes
+  __device__ __forceinline__ void set(const uint32_t (&scales)[kOutputs / 2], uint32_t zeros) {
+    const auto twice = [](uint32_t bits) { return bits | bits << 16; };
+#pragma unroll
+    for (int b = 0; b < kOutputs; ++b) {
+      const uint32_t bits = scales[b / 2] >> 16 * (b % 2) & 0xffff;
+      zero[b] = int4_zero_pair<T>(zeros, b);
+      if constexpr (kSplit) {
+        const float value = __half2float(__ushort_as_half(uint16_t(bits)));
+        const __nv_bfloat16 high = __float2bfloat16(value), low = __float2bfloat16(value - __bfloat162float(high));
+        scale[b] = twice(__bfloat16_as_ushort(high)), rest[b] = twice(__bfloat16_as_ushort(low));
+      } else {
+        scale[b] = twice(bits);
+      }
+    }
+  }
+  // The lowest four bits of both halves, numbers of output b -> weights
+  __device__ __forceinline__ uint32_t weights(uint32_t halves, int b) const {
+    const uint32_t number = and_xor(halves, 0x000f000fu, int4_bias<T>() | 0x00080008u);
+    const uint32_t whole = subtract_pair<T>(number, zero[b]);
+    if constexpr (kSplit)
+      return fma_pair<T>(whole, scale[b], multiply_pair<T>(whole, rest[b]));
+    else
+      return multiply_pair<T>(whole, scale[b]);
+  }
+};
+
 // A lane's four words of a slice of 32 inputs -> a[part][half of the slice], less the zeros (pairs of bias + zero), or
 // with kCentred less 8, exactly.
 template <class T, bool kCentred>

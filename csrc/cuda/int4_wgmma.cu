@@ -271,56 +271,16 @@ __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, B
   cp_async_wait<0>();
 }
 
-__device__ __forceinline__ uint32_t twice(uint32_t bits) { return bits | bits << 16; }
-
-template <class T>
-__device__ __forceinline__ uint32_t multiply_pair(uint32_t a, uint32_t b) {
-  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const T2 d = __hmul2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b));
-  return *reinterpret_cast<const uint32_t*>(&d);
+// A lane's words of a slice -> the fragments of its two products of 64 outputs
+template <class F>
+__device__ __forceinline__ void make_weights(const F& factors, const uint4& words, uint32_t (&a)[2][2][4]) {
+  const uint32_t w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int b = 0; b < 4; ++b)
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair)
+      a[b / 2][pair / 2][b % 2 + pair % 2 * 2] = factors.weights(w[b] >> 4 * pair, b);
 }
-template <class T>
-__device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c) {
-  using T2 = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  const T2 d =
-      __hfma2(*reinterpret_cast<const T2*>(&a), *reinterpret_cast<const T2*>(&b), *reinterpret_cast<const T2*>(&c));
-  return *reinterpret_cast<const uint32_t*>(&d);
-}
-
-// Of a lane's four outputs, in both halves. With kSplit a float16 scale is the sum of two bfloat16.
-template <class T, bool kSplit>
-struct Factors {
-  uint32_t zero[4], scale[4], rest[kSplit ? 4 : 1];
-  __device__ __forceinline__ void set(const uint2& scales, uint32_t zeros) {
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const uint32_t bits = (b < 2 ? scales.x : scales.y) >> 16 * (b % 2) & 0xffff;
-      zero[b] = int4_zero_pair<T>(zeros, b);
-      if constexpr (kSplit) {
-        const float value = __half2float(__ushort_as_half(uint16_t(bits)));
-        const __nv_bfloat16 high = __float2bfloat16(value), low = __float2bfloat16(value - __bfloat162float(high));
-        scale[b] = twice(__bfloat16_as_ushort(high)), rest[b] = twice(__bfloat16_as_ushort(low));
-      } else {
-        scale[b] = twice(bits);
-      }
-    }
-  }
-  __device__ __forceinline__ void apply(const uint4& words, uint32_t (&a)[2][2][4]) const {
-    const uint32_t w[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int b = 0; b < 4; ++b)
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        uint32_t& to = a[b / 2][pair / 2][b % 2 + pair % 2 * 2];
-        const uint32_t number = and_xor(w[b] >> 4 * pair, 0x000f000fu, int4_bias<T>() | 0x00080008u);
-        const uint32_t whole = subtract_pair<T>(number, zero[b]);
-        if constexpr (kSplit)
-          to = fma_pair<T>(whole, scale[b], multiply_pair<T>(whole, rest[b]));
-        else
-          to = multiply_pair<T>(whole, scale[b]);
-      }
-  }
-};
 
 // A consumer's sums of a segment: done, or to memory. d as products leave it, see wgmma_ptx.cuh.
 template <class S, class T>
@@ -378,7 +338,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
       wgmma::pin(sum[part]);
     }
     uint32_t a[2][2][2][4];
-    Factors<T, kSplit> factors;
+    Int4Factors<T, kSplit, 4> factors;
     int left = 0, span = work.of_group - s.begin * 2 % work.of_group;  // slices of this group, of the next
     int before = -1;
 #pragma unroll 1
@@ -393,13 +353,13 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
         if (kFine || i == 0) {
           if (left == 0) {
             const int at = base + i * S::kFactorBytes;
-            factors.set(*reinterpret_cast<const uint2*>(scales + at),
-                        p.zeros ? *reinterpret_cast<const uint32_t*>(zeros + at) : 0x08080808u);
+            const uint2 pairs = *reinterpret_cast<const uint2*>(scales + at);
+            factors.set({pairs.x, pairs.y}, p.zeros ? *reinterpret_cast<const uint32_t*>(zeros + at) : 0x08080808u);
             left = span, span = work.of_group;
           }
           left -= kFine ? 1 : 2;
         }
-        factors.apply(both[i], a[i]);
+        make_weights(factors, both[i], a[i]);
         wgmma::fence();
 #pragma unroll
         for (int step = 0; step < 2; ++step)
