@@ -307,7 +307,8 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
           const int slice = i * kBatch + s;
           if (left == 0 && stage * S::kSlices + slice < work.slices) {  // beyond, x is 0
             const int from = base + slice * S::kFactorBytes;
-            factors.set({*reinterpret_cast<const uint32_t*>(scales + from)},
+            const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + from);
+            factors.set([&](int) { return pair; },
                         p.zeros ? *reinterpret_cast<const uint16_t*>(zeros + from) : 0x0808u);
             left = span, span = work.of_group;
           }

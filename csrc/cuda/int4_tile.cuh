@@ -49,12 +49,13 @@ __device__ __forceinline__ uint32_t fma_pair(uint32_t a, uint32_t b, uint32_t c)
 template <class T, bool kSplit, int kOutputs>
 struct Int4Factors {
   uint32_t zero[kOutputs], scale[kOutputs], rest[kSplit ? kOutputs : 1];
-  // Scales in pairs, zeros in bytes
-  __device__ __forceinline__ void set(const uint32_t (&scales)[kOutputs / 2], uint32_t zeros) {
+  // scales(i): those of outputs 2 i and 2 i + 1. Zeros in bytes
+  template <class Scales>
+  __device__ __forceinline__ void set(const Scales& scales, uint32_t zeros) {
     const auto twice = [](uint32_t bits) { return bits | bits << 16; };
 #pragma unroll
     for (int b = 0; b < kOutputs; ++b) {
-      const uint32_t bits = scales[b / 2] >> 16 * (b % 2) & 0xffff;
+      const uint32_t bits = scales(b / 2) >> 16 * (b % 2) & 0xffff;
       zero[b] = int4_zero_pair<T>(zeros, b);
       if constexpr (kSplit) {
         const float value = __half2float(__ushort_as_half(uint16_t(bits)));

@@ -353,8 +353,9 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
         if (kFine || i == 0) {
           if (left == 0) {
             const int at = base + i * S::kFactorBytes;
-            const uint2 pairs = *reinterpret_cast<const uint2*>(scales + at);
-            factors.set({pairs.x, pairs.y}, p.zeros ? *reinterpret_cast<const uint32_t*>(zeros + at) : 0x08080808u);
+            const uint2& pairs = *reinterpret_cast<const uint2*>(scales + at);
+            factors.set([&](int i) { return i == 0 ? pairs.x : pairs.y; },
+                        p.zeros ? *reinterpret_cast<const uint32_t*>(zeros + at) : 0x08080808u);
             left = span, span = work.of_group;
           }
           left -= kFine ? 1 : 2;
