@@ -157,6 +157,7 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams&
 
   plan.invariant = num_splits == kInvariant;
   plan.fill = !p.filled;
+  plan.ahead = !plan.invariant || p.num_seqs > 1;  // others have late CTAs wait for pages
   plan.solo = num_splits == 0 && plan.sequence_items == p.num_kv_heads;
   plan.splits = int(std::min<int64_t>(num_splits, std::max<int64_t>(1, blocks())));  // more would be empty
   plan.max_parts = plan.splits;
@@ -169,7 +170,7 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams&
   }
   plan.team_shift = 0;
   if (plan.splits == 0 && p.num_seqs == 1) {
-    const int shift = blocks() <= kFewBlocks ? 4 : blocks() <= kManyBlocks ? 2 : 0;
+    const int shift = blocks() <= kFewBlocks ? 4 : blocks() <= kManyBlocks ? 1 : 0;
     if (items > 0 && items <= most[shift]) plan.team_shift = shift;
   }
   plan.least_teams = plan.team_shift > 0 ? int(items) : current_device().sms;

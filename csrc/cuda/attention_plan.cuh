@@ -95,6 +95,7 @@ struct Plan {
   bool invariant;  // fixed mode, partitions by the length of a sequence alone
   bool solo;       // planned mode: warps may have stretches of their own
   bool fill;       // rows that see no key are this kernel's to fill
+  bool ahead;      // the first keys and values come to L2 while the kernel in front still runs
 };
 
 // How many teams of 1 << i CTAs of a kernel the device runs at once; 0: none of that size.
@@ -204,12 +205,21 @@ struct SeqWork : SeqSize {
   int blocks;     // of each item (an upper bound over its row tiles); 0: nothing to do
 };
 
-__device__ __forceinline__ SeqSize seq_size(const AttentionParams& p, int seq) {
-  const int len = max(0, p.seq_lens[seq]);
-  return {len, readable_keys(p, len), max(0, min(p.query_len[seq], p.max_query_len))};
+// The batch's sequences: where their lengths and query rows are read from.
+struct Sequences {
+  const int *seq_lens, *query_len, *query_start;
+
+  __device__ __forceinline__ explicit Sequences(const AttentionParams& p)
+      : seq_lens(p.seq_lens), query_len(p.query_len), query_start(p.query_start) {}
+};
+
+__device__ __forceinline__ SeqSize seq_size(const AttentionParams& p, const Sequences& from, int seq) {
+  const int len = max(0, from.seq_lens[seq]);
+  return {len, readable_keys(p, len), max(0, min(from.query_len[seq], p.max_query_len))};
 }
-__device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, const Plan& plan, int seq) {
-  SeqWork w{seq_size(p, seq)};
+__device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, const Plan& plan, const Sequences& from,
+                                            int seq) {
+  SeqWork w{seq_size(p, from, seq)};
   w.row_tiles = (w.tokens * plan.group + kRowTile - 1) / kRowTile;
   w.blocks = w.tokens > 0 ? min((w.keys + (1 << plan.key_shift) - 1) >> plan.key_shift, plan.window_blocks) : 0;
   return w;
@@ -305,22 +315,58 @@ __device__ __forceinline__ int team_of(const PlanScratch& s, int unit) {
 }
 
 // Begins a kernel: all threads call it. Into L2 while the kernel in front still runs: the lengths, the pages if few.
-__device__ __forceinline__ void begin_planned(const AttentionParams& p, const Plan& plan) {
+__device__ __forceinline__ void prefetch_planned(const AttentionParams& p, const Plan& plan) {
   auto prefetch = [](const int* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); };
   release_next();
   const int line = int(blockIdx.x) + int(threadIdx.x) * int(gridDim.x);
   if (line < plan.table_lines) prefetch(p.block_tables + int64_t(line) * 32);
   if (p.num_seqs > 0 && threadIdx.x < 3)
     prefetch(threadIdx.x == 0 ? p.seq_lens : threadIdx.x == 1 ? p.query_len : p.query_start);
+}
+__device__ __forceinline__ void begin_planned(const AttentionParams& p, const Plan& plan) {
+  prefetch_planned(p, plan);
   wait_for_previous();
 }
+
+// The lengths and query rows of a few sequences in shared memory: all threads of a CTA see the same ones, whatever
+// other kernels write.
+struct Snapshot {
+  static constexpr int kMost = 128;
+  int values[3][kMost];
+
+  // All threads call both.
+  __device__ __forceinline__ Sequences take(const AttentionParams& p) {
+    for_each(p, [](int& value, const int* at) { value = guess(at); });
+    __syncthreads();
+    Sequences s(p);
+    s.seq_lens = values[0], s.query_len = values[1], s.query_start = values[2];
+    return s;
+  }
+  __device__ __forceinline__ bool outdated(const AttentionParams& p) {
+    bool differs = false;
+    for_each(p, [&](int& value, const int* at) { differs |= value != guess(at); });
+    return __syncthreads_or(differs);
+  }
+
+ private:
+  template <class F>
+  __device__ __forceinline__ void for_each(const AttentionParams& p, F&& f) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.num_seqs; i += blockDim.x) {
+      f(values[0][i], p.seq_lens + i);
+      f(values[1][i], p.query_len + i);
+      f(values[2][i], p.query_start + i);
+    }
+  }
+};
 
 // Planned mode: a cut that would leave fewer blocks of an item on one side is moved to its end.
 __device__ __forceinline__ int least_part(int head) { return (head + 1) / 2; }
 
 // This team's stretch, or this warp's where kSolo allows it: all threads call, 128 at most.
 template <bool kSolo>
-__device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const Plan& plan, PlanScratch& shared) {
+__device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const Plan& plan, PlanScratch& shared,
+                                                const Sequences& from) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
   // Sequences a thread, in a row; a single one is everyone's.
   const int share = (p.num_seqs + threads - 1) / threads;
@@ -329,8 +375,8 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
   Totals mine{0, 0, 0, 0};
 #pragma unroll 1
   for (int s = first; s < last; ++s) {
-    const int start = p.query_start[s];
-    const SeqWork w = seq_work(p, plan, s);
+    const int start = from.query_start[s];
+    const SeqWork w = seq_work(p, plan, from, s);
     if (w.blocks > 0) {
       const int items = w.row_tiles * p.num_kv_heads;
       mine.units += items * w.blocks, mine.items += items, mine.longest = max(mine.longest, w.blocks);
@@ -409,7 +455,7 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
     int begin = found.begin, seq_items;
 #pragma unroll 1
     for (at.seq = found.seq;; ++at.seq) {
-      w = seq_work(p, plan, at.seq);
+      w = seq_work(p, plan, from, at.seq);
       seq_items = w.row_tiles * p.num_kv_heads;
       const int units = w.blocks > 0 ? seq_items * (w.blocks + head) : 0;
       if (unit < begin + units) break;
@@ -449,16 +495,17 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
 }
 
 // The next run of a stretch that has some left; `parts`: fixed mode's runs end where their partition does.
-__device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& plan, Stretch& s, bool parts = true) {
-  SeqWork w = seq_work(p, plan, s.at.seq);
+__device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& plan, const Sequences& from, Stretch& s,
+                                        bool parts = true) {
+  SeqWork w = seq_work(p, plan, from, s.at.seq);
 #pragma unroll 1
   while (w.blocks == 0 || s.at.item == w.row_tiles * p.num_kv_heads) {
     ++s.at.seq, s.at.item = 0;
-    w = seq_work(p, plan, s.at.seq);
+    w = seq_work(p, plan, from, s.at.seq);
   }
   Run r;
   r.seq = s.at.seq, r.item = s.at.item, r.begin = s.at.block, r.blocks = w.blocks;
-  r.query_start = p.query_start[r.seq];
+  r.query_start = from.query_start[r.seq];
   r.len = w.len, r.keys = w.keys, r.tokens = w.tokens;
   r.kv_head = w.row_tiles == 1 ? r.item : r.item / w.row_tiles;
   r.row_begin = (r.item - r.kv_head * w.row_tiles) * kRowTile;
@@ -480,10 +527,18 @@ __device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& pl
   return r;
 }
 
+__device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& plan, Stretch& s, bool parts = true) {
+  return next_run(p, plan, Sequences(p), s, parts);
+}
+template <bool kSolo>
+__device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const Plan& plan, PlanScratch& shared) {
+  return plan_stretch<kSolo>(p, plan, shared, Sequences(p));
+}
+
 // Rows `step` apart from `first`, those that see no key: 0, and -inf in lse. All lanes of a warp call.
 __device__ __forceinline__ void fill_rows(const AttentionParams& p, int out_size, int64_t first, int64_t step) {
   auto sees_a_key = [&](int seq, int64_t row) {
-    const SeqSize w = seq_size(p, seq);
+    const SeqSize w = seq_size(p, Sequences(p), seq);
     const int64_t token = row - p.query_start[seq];
     if (token < 0 || token >= w.tokens) return false;
     const KeyRange r = visible_keys(p, w.len - w.tokens + int(token), w.keys);
@@ -599,21 +654,30 @@ struct Merged {
 
   // kMost parts whose loads are in flight together; at(u) points at part u's row, or nowhere. `state`: where in a row
   // its maximum and sum are. Parts that this kernel wrote to global memory are read from L2.
-  template <int kMost, bool kGlobal, class At>
-  __device__ __forceinline__ void add(int col, int state, At&& at) {
-    using L = Logits<T>;
+  template <int kMost>
+  struct Flight {
     float2 states[kMost];
     float4 outs[kMost];
+
+    template <bool kGlobal, class At>
+    __device__ __forceinline__ void load(int col, int state, At&& at) {
 #pragma unroll
-    for (int u = 0; u < kMost; ++u) {
-      states[u] = make_float2(kNegInf, 0.f), outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
-      const float* const from = at(u);
-      if (!from) continue;
-      const float2* const state_at = reinterpret_cast<const float2*>(from + state);
-      const float4* const out_at = reinterpret_cast<const float4*>(from + col);
-      states[u] = kGlobal ? __ldcg(state_at) : *state_at;
-      outs[u] = kGlobal ? __ldcg(out_at) : *out_at;
+      for (int u = 0; u < kMost; ++u) {
+        states[u] = make_float2(kNegInf, 0.f), outs[u] = make_float4(0.f, 0.f, 0.f, 0.f);
+        const float* const from = at(u);
+        if (!from) continue;
+        const float2* const state_at = reinterpret_cast<const float2*>(from + state);
+        const float4* const out_at = reinterpret_cast<const float4*>(from + col);
+        states[u] = kGlobal ? __ldcg(state_at) : *state_at;
+        outs[u] = kGlobal ? __ldcg(out_at) : *out_at;
+      }
     }
+  };
+  template <int kMost>
+  __device__ __forceinline__ void add(const Flight<kMost>& flight) {
+    using L = Logits<T>;
+    const auto& states = flight.states;
+    const auto& outs = flight.outs;
     float now = top;
 #pragma unroll
     for (int u = 0; u < kMost; ++u) now = fmaxf(now, states[u].x);
@@ -630,19 +694,42 @@ struct Merged {
   }
 };
 
-// Calls f(row, column) for every fourth column of a run's rows, the 1 << sharers_shift of this rank's threads taking
-// their share each.
-template <int kDim, class F>
-__device__ __forceinline__ void for_columns(const AttentionParams& p, const Run& run, int rank, int sharers_shift,
-                                            int thread, int threads, F&& f) {
+// Merges every fourth column of a run's rows, the 1 << sharers_shift of this rank's threads taking their share each:
+// `parts` parts, at(part, row) is where that part of the row is, or nowhere, and store(row, column, merged) is called
+// at the end. A thread has kColumns columns at a time, so that its loads and arithmetic overlap, of kFlight parts each.
+template <class T, int kDim, int kColumns, int kFlight, bool kGlobal, class At, class Store>
+__device__ __forceinline__ void merge_columns(const AttentionParams& p, const Run& run, int rank, int sharers_shift,
+                                              int thread, int threads, int parts, int state, At&& at, Store&& store) {
   constexpr int kCols = kDim / 4;
   const int all = run.rows * kCols, each = (all + (1 << sharers_shift) - 1) >> sharers_shift;
   const int end = min(all, (rank + 1) * each);
 #pragma unroll 1
-  for (int i = rank * each + thread; i < end; i += threads) {
-    const int row = i / kCols, col = (i - row * kCols) * 4;
-    if (col < p.head_dim) f(row, col);
+  for (int i = rank * each + thread; i < end; i += kColumns * threads) {
+    Merged<T> m[kColumns];
+    auto row = [&](int c) { return (i + c * threads) / kCols; };
+    auto col = [&](int c) { return (i + c * threads - row(c) * kCols) * 4; };
+#pragma unroll 1
+    for (int first = 0; first < parts; first += kFlight) {
+      typename Merged<T>::template Flight<kFlight> flights[kColumns];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        flights[c].template load<kGlobal>(col(c), state, [&](int u) -> const float* {
+          return first + u < parts && i + c * threads < end ? at(first + u, row(c)) : nullptr;
+        });
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) m[c].add(flights[c]);
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (i + c * threads < end && col(c) < p.head_dim) store(row(c), col(c), m[c]);
+    }
   }
+}
+// Whether a thread's share are many columns.
+template <int kDim>
+__device__ __forceinline__ bool many_columns(const Run& run, int sharers_shift, int threads) {
+  return run.rows * (kDim / 4) > 2 * threads << sharers_shift;
 }
 
 // Stores what is merged of a run: its result where it is a whole item, else into its slot.
@@ -657,63 +744,61 @@ __device__ __forceinline__ void store_merged(const AttentionParams& p, const Pla
 
 // Merges the parts of `run`, `count` of kMost at most (those without rows do not count), and then what the CTAs of the
 // team have of it. All threads call it (`solo`: of a warp); the next use of the parts' memory is behind a meet().
-template <class T, int kDim, int kMost>
+template <class T, int kDim, int kMost, bool kBatches = false>
 __device__ __forceinline__ void combine(const AttentionParams& p, const Plan& plan, const Run& run, const Part* parts,
                                         int count, bool solo) {
   const int thread = solo ? threadIdx.x % 32 : threadIdx.x, threads = solo ? 32 : blockDim.x;
   float* const slot = run.whole() ? nullptr : part_slot<kDim>(plan, run);
-  const auto part = [&](int row) {
-    return [=](int u) { return u < count && parts[u].rows ? parts[u].rows + row * part_row<kDim> : nullptr; };
+  const auto part = [&](int u, int row) { return parts[u].rows ? parts[u].rows + row * part_row<kDim> : nullptr; };
+  const auto merge = [&](auto&& store) {
+    if (kBatches && many_columns<kDim>(run, 0, threads))
+      merge_columns<T, kDim, 4, kMost, false>(p, run, 0, 0, thread, threads, count, kDim, part, store);
+    else
+      merge_columns<T, kDim, 1, kMost, false>(p, run, 0, 0, thread, threads, count, kDim, part, store);
   };
   if (plan.team_shift == 0) {
-    for_columns<kDim>(p, run, 0, 0, thread, threads, [&](int row, int col) {
-      Merged<T> m;
-      m.template add<kMost, false>(col, kDim, part(row));
-      store_merged<T, kDim>(p, plan, run, slot, row, col, m);
-    });
+    merge([&](int row, int col, const Merged<T>& m) { store_merged<T, kDim>(p, plan, run, slot, row, col, m); });
     return;
   }
   // This CTA's rows in place of its first part's, the maximum and the sum beside theirs, which others still read.
   float* const mine = const_cast<float*>(parts[0].rows);
   constexpr int kState = kDim + 4;
-  for_columns<kDim>(p, run, 0, 0, thread, threads, [&](int row, int col) {
-    Merged<T> m;
-    m.template add<kMost, false>(col, kDim, part(row));
+  merge([&](int row, int col, const Merged<T>& m) {
     float* const to = mine + row * part_row<kDim>;
     *reinterpret_cast<float4*>(to + col) = m.acc;
     if (col == 0) *reinterpret_cast<float2*>(to + kState) = make_float2(m.top, m.sum);
   });
   meet(plan);
-  for_columns<kDim>(p, run, my_rank(plan), plan.team_shift, thread, threads, [&](int row, int col) {
-    Merged<T> m;
-#pragma unroll 1
-    for (int first = 0; first < 1 << plan.team_shift; first += 8) {
-      m.template add<8, false>(col, kState, [&](int u) -> const float* {
-        return first + u < 1 << plan.team_shift ? of_rank(mine, first + u) + row * part_row<kDim> : nullptr;
-      });
-    }
+  const auto of_team = [&](int rank, int row) -> const float* { return of_rank(mine, rank) + row * part_row<kDim>; };
+  const auto store = [&](int row, int col, const Merged<T>& m) {
     store_merged<T, kDim>(p, plan, run, slot, row, col, m);
-  });
+  };
+  const int team = 1 << plan.team_shift;
+  if (kBatches && team <= 4 && many_columns<kDim>(run, plan.team_shift, threads))
+    merge_columns<T, kDim, 4, 4, false>(p, run, my_rank(plan), plan.team_shift, thread, threads, team, kState, of_team,
+                                        store);
+  else
+    merge_columns<T, kDim, 1, 8, false>(p, run, my_rank(plan), plan.team_shift, thread, threads, team, kState, of_team,
+                                        store);
 }
 
 // Merges all the parts of an item, slot `part0` and then every `step`-th from `rest` on, into `out`. All threads call.
-template <class T, int kDim>
+template <class T, int kDim, bool kBatches>
 __device__ __forceinline__ void merge_parts(const AttentionParams& p, const Plan& plan, const Run& run, int64_t part0,
                                             int64_t rest, int step, int parts) {
-  constexpr int kFlight = 16;
   const int64_t size = int64_t(plan.rows) * part_row<kDim>;
-  for_columns<kDim>(p, run, my_rank(plan), plan.team_shift, threadIdx.x, blockDim.x, [&](int row, int col) {
-    Merged<T> m;
-    const float* const at = plan.partials + row * part_row<kDim>;
-#pragma unroll 1
-    for (int first = 0; first < parts; first += kFlight) {
-      m.template add<kFlight, true>(col, kDim, [&](int u) -> const float* {
-        const int part = first + u;
-        return part < parts ? at + (part == 0 ? part0 : rest + int64_t(part - 1) * step) * size : nullptr;
-      });
-    }
+  const auto at = [&](int part, int row) -> const float* {
+    return plan.partials + row * part_row<kDim> + (part == 0 ? part0 : rest + int64_t(part - 1) * step) * size;
+  };
+  const auto store = [&](int row, int col, const Merged<T>& m) {
     write_out<T>(p, plan, run, row, col, m.acc, m.top, m.sum);
-  });
+  };
+  if (kBatches && parts <= 8 && many_columns<kDim>(run, plan.team_shift, blockDim.x))
+    merge_columns<T, kDim, 4, 4, true>(p, run, my_rank(plan), plan.team_shift, threadIdx.x, blockDim.x, parts, kDim, at,
+                                       store);
+  else
+    merge_columns<T, kDim, 1, 16, true>(p, run, my_rank(plan), plan.team_shift, threadIdx.x, blockDim.x, parts, kDim,
+                                        at, store);
 }
 
 // Adds what this team has of an item to its counter, by one thread behind a meeting; whether the item is complete now.
@@ -730,7 +815,7 @@ __device__ __forceinline__ bool arrive(const Plan& plan, int counter, int blocks
 
 // Ends a kernel: all threads call it when the team's parts are written and it has met. `pending`: planned mode, how
 // many of the team's items are parts, shared.pending them.
-template <class T, int kDim>
+template <class T, int kDim, bool kBatches = false>
 __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& plan, PlanScratch& shared, int out_size,
                                        int pending, bool filled) {
   if (plan.splits > 1) {
@@ -752,7 +837,7 @@ __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& pla
         __syncthreads();
       }
       const int64_t slot = (int64_t(run.seq) * plan.sequence_items + run.item) * plan.max_parts;
-      if (complete) merge_parts<T, kDim>(p, plan, run, slot, slot + 1, 1, (run.blocks + each - 1) / each);
+      if (complete) merge_parts<T, kDim, kBatches>(p, plan, run, slot, slot + 1, 1, (run.blocks + each - 1) / each);
     }
   } else if (pending > 0) {
     if (int(threadIdx.x) < pending) {
@@ -773,7 +858,7 @@ __device__ __forceinline__ void settle(const AttentionParams& p, const Plan& pla
     for (int e = 0; e < pending; ++e) {
       if (!shared.done[e]) continue;
       const int64_t slot = 2 * int64_t(shared.first[e]);
-      merge_parts<T, kDim>(p, plan, shared.pending[e], slot + 1, slot + 2, 2, shared.parts[e]);
+      merge_parts<T, kDim, kBatches>(p, plan, shared.pending[e], slot + 1, slot + 2, 2, shared.parts[e]);
     }
   }
   if (plan.fill && !filled) {

@@ -51,6 +51,16 @@ inline cudaStream_t current_stream(const Tensor& t) {
 // Such a kernel must not load by __ldg: the compiler takes what it reads for constant, and moves the load up across the
 // wait. (Products of 4-bit weights read inputs that were not written yet, in graphs of whole models alone.)
 
+// What such code finds in memory before wait_for_previous() is no more than a guess.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define PAGEDKV_OVERLAP
+#endif
+#ifdef PAGEDKV_OVERLAP
+constexpr bool kOverlap = true;
+#else
+constexpr bool kOverlap = false;
+#endif
+
 // Lets the next kernel start as soon as there is room.
 __device__ __forceinline__ void release_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -61,6 +71,19 @@ __device__ __forceinline__ void release_next() {
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// An integer that another kernel may be writing: in its place among this thread's accesses, and not by way of L1, which
+// would keep it.
+__device__ __forceinline__ int guess(const int* at) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
+  return x;
+}
+// Memory that another kernel may be writing to L2, where it stays what it is: `bytes` from `at`, multiples of 16.
+__device__ __forceinline__ void bring_to_l2(const void* at, int bytes) {
+#ifdef PAGEDKV_OVERLAP
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
 #endif
 }
 __device__ __forceinline__ void begin_kernel() {

@@ -43,7 +43,7 @@ struct DecodeLayout {
   static_assert(kDim > 128 || kQueryBytes <= kSlotBytes);  // where warps on their own keep it first
 
   static constexpr int bytes(int warps) {
-    return warps * kWarpBytes + kQueryBytes + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch));
+    return warps * kWarpBytes + kQueryBytes + 4 * int(sizeof(Part)) + int(sizeof(PlanScratch)) + int(sizeof(Snapshot));
   }
 };
 
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kDim>::kReside
   constexpr int kSteps = kDim / 16;   // k-steps of Q K^T
   constexpr int kColumns = kDim / 8;  // n-tiles of P V
 
-  begin_planned(p, plan);
+  prefetch_planned(p, plan);
   extern __shared__ __align__(128) uint8_t shared[];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
@@ -119,33 +119,65 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kDim>::kReside
   const int k_lane_row = (lane / 16) * 8 + lane % 8, k_lane_chunk = (lane / 8) % 2;
   const int v_lane_row = ((lane / 8) % 2) * 8 + lane % 8, v_lane_chunk = lane / 16;
 
+  // ---- this CTA's stretch and its first run. They are found while the kernel in front still runs, from lengths that
+  // it may be writing: again, once it is complete, if those have changed.
+  Snapshot& snapshot = *reinterpret_cast<Snapshot*>(&scratch + 1);
+  Sequences sequences(p);
+  Stretch stretch;
+  Run run;
+  bool solo, more, loaded = false;  // loaded: page_ids and next_ids are the run's
+  int crew, mate, begin, step;      // the warps that share a run, which one this is, and its blocks of 16 keys
+  // Pages of 16 of the warp's blocks at a time, one load ahead of their use and unchecked until then (a test beside the
+  // load would wait for it): lane l holds the page of block first + l % 16, of its keys 0 .. 7 or 8 .. 15.
+  int page_ids, next_ids;
+  auto start_run = [&] {
+    run = next_run(p, plan, sequences, stretch);
+    begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + (my_rank(plan) * crew + mate) * L::kKeys;
+    step = (crew << plan.team_shift) * L::kKeys;
+  };
+  auto page_at = [&](int key) { return p.block_tables + int64_t(run.seq) * p.table_stride + (key >> p.block_shift); };
+  auto load_pages = [&](int first) {
+    const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
+    return key < run.key_end ? *page_at(key) : -1;
+  };
+  const bool few = p.num_seqs <= Snapshot::kMost;
+#pragma unroll 1
+  for (bool early = kOverlap && few;; early = false) {
+    if (!early) wait_for_previous();
+    if (few) sequences = snapshot.take(p);
+    stretch = plan_stretch<kQueryInRegisters>(p, plan, scratch, sequences);
+    solo = kQueryInRegisters && stretch.solo;
+    crew = solo ? 1 : warps, mate = solo ? 0 : warp;
+    more = stretch.left > 0;
+    if (more) start_run();
+    if (!early) break;
+    if (plan.ahead && more && begin + (L::kStages - 1) * step < run.key_end) {
+      const int key = begin + lane % 16, page = guess(page_at(key));
+      const auto *const k = static_cast<const uint16_t*>(p.k), *const v = static_cast<const uint16_t*>(p.v);
+      if (page >= 0 && page < p.num_blocks)
+        bring_to_l2(lane < 16 ? k + k_offset(p, page, key, run.kv_head) : v + v_offset(p, page, key, run.kv_head),
+                    row_bytes);
+    }
+    wait_for_previous();
+    if (more) page_ids = load_pages(0), next_ids = load_pages(16);
+    loaded = !snapshot.outdated(p);
+    if (loaded) break;
+  }
   // Warps on their own have their queries in the slot that is filled last, until they are in registers.
-  Stretch stretch = plan_stretch<kQueryInRegisters>(p, plan, scratch);
-  const bool solo = kQueryInRegisters && stretch.solo;
-  const int crew = solo ? 1 : warps, mate = solo ? 0 : warp;  // warps that share a run, and which one this is
   uint8_t* const query_tile = solo ? my_slots + (L::kStages - 1) * L::kSlotBytes : shared + warps * L::kWarpBytes;
   const uint32_t query_at = smem_address(query_tile);
   int pending = 0;
 #pragma unroll 1
-  while (stretch.left > 0) {
-    const Run run = next_run(p, plan, stretch);
+  while (more) {
     // ---- this warp's blocks of 16 keys
-    const int begin = max(run.key_begin, run.seen.lo & ~(L::kKeys - 1)) + (my_rank(plan) * crew + mate) * L::kKeys;
-    const int step = (crew << plan.team_shift) * L::kKeys;
     const int behind = run.key_end - begin + step - 1;  // 0 blocks where it is too small
     const int blocks = begin < run.key_end ? (solo ? behind / L::kKeys : access.by_step(behind)) : 0;
     const uint8_t* const k_base = static_cast<const uint8_t*>(p.k) + run.kv_head * p.k_stride_h * 2;
     const uint8_t* const v_base = static_cast<const uint8_t*>(p.v) + run.kv_head * p.v_stride_h * 2;
     uint32_t usable = 0;  // 2 bits a slot: whether its first and last 8 keys have a page (pages hold at least 8)
 
-    // Pages of 16 of the warp's blocks at a time, one load ahead of their use and unchecked until then (a test beside
-    // the load would wait for it): lane l holds the page of block first + l % 16, of its keys 0 .. 7 or 8 .. 15.
-    const int* const table = p.block_tables + int64_t(run.seq) * p.table_stride;
-    auto load_pages = [&](int first) {
-      const int key = begin + (first + lane % 16) * step + lane / 16 * 8;
-      return key < run.key_end ? table[key >> p.block_shift] : -1;
-    };
-    int page_ids = load_pages(0), next_ids = load_pages(16);
+    if (!loaded) page_ids = load_pages(0), next_ids = load_pages(16);
+    loaded = false;
     auto pages = [&](int block) {
       auto usable_page = [&](int page) { return page >= 0 && page < p.num_blocks ? page : -1; };
       return int2{usable_page(__shfl_sync(0xffffffffu, page_ids, block % 16)),
@@ -360,7 +392,7 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kDim>::kReside
     }
     if (lane == 0) parts[warp].rows = reinterpret_cast<const float*>(my_slots);
     meet_crew(solo);
-    combine<T, kDim, kDecodeWarps>(p, plan, run, solo ? parts + warp : parts, crew, solo);
+    combine<T, kDim, kDecodeWarps, true>(p, plan, run, solo ? parts + warp : parts, crew, solo);
     if (!run.whole() && plan.splits == 0) {
       if (threadIdx.x == 0) scratch.pending[pending] = run;
       ++pending;
@@ -369,8 +401,10 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, DecodeLayout<kDim>::kReside
       __syncwarp();
     else
       meet(plan);
+    more = stretch.left > 0;
+    if (more) start_run();
   }
-  settle<T, kDim>(p, plan, scratch, sizeof(T), pending, stretch.filled);
+  settle<T, kDim, true>(p, plan, scratch, sizeof(T), pending, stretch.filled);
 }
 
 // paged_decode.cu instantiates one kDim a compile unit.

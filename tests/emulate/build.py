@@ -28,7 +28,7 @@ FLAGS = (
     "-x c++ -std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -march=native -ffp-contract=fast -w "
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero "
     "-fsanitize-undefined-trap-on-error -DUSE_CUDA "
-    "-DPAGEDKV_WGMMA"
+    "-DPAGEDKV_WGMMA -DPAGEDKV_OVERLAP"
 )
 
 SM90_BUCKETS = (64, 128, 256)  # likewise, on Hopper

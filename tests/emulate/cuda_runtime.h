@@ -282,6 +282,7 @@ inline int __syncthreads_count(bool vote) {
   emulate::block_barrier();
   return all;
 }
+inline int __syncthreads_or(bool vote) { return __syncthreads_count(vote) > 0; }
 inline void __syncwarp() {
   emulate::collective("__syncwarp", nullptr, [](void* const(&)[emulate::kWarp]) {});
 }
@@ -469,6 +470,10 @@ inline void ld_global_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& 
   x = v.x, y = v.y, z = v.z, w = v.w;
 }
 inline void prefetch_global_L2(const volatile void*) {}
+inline void cp_async_bulk_prefetch_L2_global(const volatile void* at, int bytes) {
+  if (uintptr_t(at) % 16 || bytes % 16) fail("a prefetch of %d bytes that is not of whole vectors", bytes);
+}
+inline void ld_relaxed_gpu_global_s32(int& x, const int* at) { x = *at; }
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {

@@ -100,3 +100,48 @@ def test_layers_of_4_bits_equal_their_steps(rows: int) -> None:
             tensor.zero_()
         graph.replay()
         assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("sequences", [1, 5, 200])
+def test_attention_sees_the_lengths_and_pages_of_the_kernel_in_front(sequences: int) -> None:
+    """Lengths, query rows and block tables that the kernel in front of each call replaces: what a pause between them
+    gives. Attention plans its work, and brings keys and values to L2, while that kernel still runs."""
+    new = Inputs("cuda")
+    pages, steps, heads, kv_heads, d = 24, 12, 8, 2, 128
+    caches = [new.normal(256, 16, kv_heads, d, dtype=torch.bfloat16) for _ in range(2)]
+    query = new.normal(sequences, heads, d, dtype=torch.bfloat16)
+    # Block i is what step i works with, once it is copied to block `steps`.
+    size = 3 * sequences + sequences * pages
+    notes = torch.zeros(steps + 1, size, dtype=torch.int32, device="cuda")
+    for i in range(steps):
+        lens = new.permutation(pages * 16 * sequences, sequences) % (pages * 16) * (i % 4 != 3)
+        rows = new.permutation(sequences, sequences)
+        tables = new.permutation(max(256, sequences * pages), sequences * pages) % 256
+        parts = (lens, torch.full_like(lens, int(i % 3 != 2)), rows, tables)
+        notes[i] = torch.cat(parts)
+    lens, lengths, rows, tables = notes[steps].split([sequences, sequences, sequences, sequences * pages])
+    mappings = [torch.tensor([[i, steps]], device="cuda") for i in range(steps)]
+
+    def calls(wait: bool) -> list[Tensor]:
+        found = []
+        for mapping in mappings:
+            ops.copy_blocks([notes], mapping)
+            if wait:
+                torch.cuda.synchronize()
+            found.append(
+                ops.paged_attention(query, *caches, tables.view(sequences, pages), lens, rows, lengths, max_query_len=1)
+            )
+            if wait:
+                torch.cuda.synchronize()
+        return found
+
+    want = calls(wait=True)
+    assert any(bool(out.any()) for out in want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = calls(wait=False)
+    for _ in range(20):
+        for tensor in got:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        assert all(map(same_bits, got, want))
