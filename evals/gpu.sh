@@ -16,14 +16,18 @@ python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 steps=("$@")
 [ ${#steps[@]} = 0 ] && steps=(build check tests memcheck racecheck initcheck bench)
-checker() { compute-sanitizer --tool "$1" --error-exitcode 1 --print-limit 20 "$python" tests/gpu/sanitize.py; }
+checker() { compute-sanitizer --error-exitcode 1 --print-limit 20 --tool "$@"; }
+# In racecheck's eyes cuBLAS's kernels have hazards; initcheck takes what TMA writes for memory that nobody wrote.
+samples=("$python" tests/gpu/sanitize.py)
 
 command_of() {
   case $1 in
     build) TORCH_PAGEDKV_CUDA_ARCHS=${TORCH_PAGEDKV_CUDA_ARCHS:-native} "$python" torch_pagedkv/build.py ;;
     check) "$python" tests/gpu/sanitize.py ;;
     tests) "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=5 ;;
-    memcheck | racecheck | initcheck) checker "$1" ;;
+    memcheck) checker memcheck "${samples[@]}" ;;
+    racecheck) checker racecheck --kernel-name kernel_substring=pagedkv "${samples[@]}" ;;
+    initcheck) checker initcheck "${samples[@]}" --no-tma ;;
     bench)
       "$python" -m torch_pagedkv.cli bench --device cuda ${BENCH:-} --json "$out/kernels-cuda.json" \
         --plot "$out/kernels-cuda.html"
