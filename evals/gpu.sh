@@ -17,8 +17,13 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 steps=("$@")
 [ ${#steps[@]} = 0 ] && steps=(build check tests memcheck racecheck initcheck bench)
 checker() { compute-sanitizer --error-exitcode 1 --print-limit 20 --tool "$@"; }
-# In racecheck's eyes cuBLAS's kernels have hazards; initcheck takes what TMA writes for memory that nobody wrote.
 samples=("$python" tests/gpu/sanitize.py)
+# Racecheck reports hazards within cuBLAS's own kernels (nvjet), and crashes if it is told to pass over them.
+races() {
+  compute-sanitizer --print-limit 1000 --tool racecheck "${samples[@]}" > "$out/races.log" 2>&1
+  cat "$out/races.log"
+  grep -q "all right$" "$out/races.log" && ! grep "Race reported" "$out/races.log" | grep -qv "at nvjet"
+}
 
 command_of() {
   case $1 in
@@ -26,8 +31,8 @@ command_of() {
     check) "$python" tests/gpu/sanitize.py ;;
     tests) "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=5 ;;
     memcheck) checker memcheck "${samples[@]}" ;;
-    racecheck) checker racecheck --kernel-name kernel_substring=pagedkv "${samples[@]}" ;;
-    initcheck) checker initcheck "${samples[@]}" --no-tma ;;
+    racecheck) races ;;
+    initcheck) checker initcheck "${samples[@]}" --no-tma ;; # it takes what TMA writes for memory that nobody wrote
     bench)
       "$python" -m torch_pagedkv.cli bench --device cuda ${BENCH:-} --json "$out/kernels-cuda.json" \
         --plot "$out/kernels-cuda.html"
