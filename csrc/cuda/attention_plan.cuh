@@ -10,8 +10,8 @@
 // turn. What they have of it is merged in each CTA and then through distributed shared memory, each CTA merging its
 // share of the rows. The host makes teams for a sequence alone, larger ones the shorter it can be.
 //   - planned (num_splits 0): items of at most kWholeBlocks are moved to one side of a cut whole. Where all items are
-//     equally long, some teams stay idle if every item is a whole number of stretches then, and these are not much
-//     longer: no team starts a second one. Where they are not, each has kHead units more on the line, which stand for
+//     equally long, some teams stay idle if every item is a whole number of stretches then, or every stretch of items,
+//     and stretches are not much longer. Where they are not, each has kHead units more on the line, which stand for
 //     the time that starting with it takes. At most two runs of a team's stretch are parts, so the workspace has two
 //     slots a team. Many equal items of one row tile, if they are nearly even among the warps, are shared out whole, to
 //     each warp its own: no warp waits for another (solo).
@@ -56,7 +56,7 @@ constexpr int kFewBlocks = 128;  // a sequence alone, which can be so long: team
 constexpr int kManyBlocks = 4096;
 constexpr int kWholeBlocks = 16;  // items of at most this many blocks are never split by the planned mode
 constexpr int kRestart = 32;      // blocks that a CTA would do while it starts another run
-constexpr int kHead = 16;         // blocks' worth of starting with an item, where they differ in length
+constexpr int kHead = 16;         // 16-bit blocks' worth of starting with an item, where they differ in length
 constexpr int kSoloSlack = 17;    // sixteenths: the longest of even shares of whole items, to their mean
 constexpr int kInvariant = -1;    // in place of a number of splits
 
@@ -91,10 +91,11 @@ struct Plan {
   int team_shift;   // log2 of a team's CTAs, which are a cluster
   int least_teams;  // planned mode: as many that the device is full; more of them only for 1 << full_shift blocks each
   int full_shift;
-  int splits;      // 0: planned
-  bool invariant;  // fixed mode, partitions by the length of a sequence alone
-  bool solo;       // planned mode: warps may have stretches of their own
-  bool fill;       // rows that see no key are this kernel's to fill
+  int head = kHead;  // kHead in blocks of this cache
+  int splits;        // 0: planned
+  bool invariant;    // fixed mode, partitions by the length of a sequence alone
+  bool solo;         // planned mode: warps may have stretches of their own
+  bool fill;         // rows that see no key are this kernel's to fill
 };
 
 // How many teams of 1 << i CTAs of a kernel the device runs at once; 0: none of that size.
@@ -366,10 +367,14 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
   if (plan.splits == 0 && all > 0) {
     used = min(used, max(plan.least_teams, all >> plan.full_shift));
     if (total.longest * total.items == all) {
-      const int even = used - used % total.items;
+      int even = used - used % total.items;  // whole stretches in each item, or whole items in each stretch
+      if (even == 0) {
+        const int each = (total.items - 1) / used + 1;
+        even = total.items % each == 0 ? total.items / each : 0;
+      }
       if (even > 0 && all / even - all / used <= kRestart << plan.team_shift) used = even;
     } else if (total.items < 1 << 26) {  // 32 bits hold what they cost, too
-      head = min(kHead, all / used / 2);
+      head = min(plan.head, all / used / 2);
       all += head * total.items, upto += head * items_upto, mine.units += head * mine.items;
     }
   }
