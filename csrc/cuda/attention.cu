@@ -83,13 +83,6 @@ void set_cache(AttentionParams& p, const Tensor& key_cache, const Tensor& value_
 
 namespace {
 
-void prefill(AttentionParams& p, const Tensor& query, KVType kv, cudaStream_t stream) {
-  Tensor next_item = torch::stable::new_empty(query, {1}, ScalarType::Int);  // stream-ordered: may go once enqueued
-  p.next_item = next_item.mutable_data_ptr<int>();
-  launch_fill(p, int(query.element_size()), stream);
-  launch_prefill(p, query.scalar_type(), kv, stream);
-}
-
 enum class Version { kPick, kInvariant, kOnePass, kSplit };
 
 // Few rows a KV head: one tile of the decode kernel holds them, or they are too few for the prefill kernel, which does
@@ -115,7 +108,7 @@ void mixed(AttentionParams p, const Tensor& query, KVType kv, cudaStream_t strea
   few_rows_kernel<<<(p.num_seqs + 255) / 256, 256, 0, stream>>>(p.query_len, few, few + p.num_seqs, p.num_seqs, most);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   p.query_len = few + p.num_seqs;
-  prefill(p, query, kv, stream);  // fills all other rows, too
+  launch_prefill(p, query.scalar_type(), kv, stream);  // fills all other rows, too
   if (most == 0) return;
   p.query_len = few, p.max_query_len = most, p.filled = true;
   launch_decode(p, query.scalar_type(), kv, kInvariant, query, stream);
@@ -146,7 +139,7 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   } else if (version == Version::kSplit || version == Version::kInvariant || suits_decode(p)) {
     launch_decode(p, query.scalar_type(), kv, splits, query, stream);
   } else {
-    prefill(p, query, kv, stream);
+    launch_prefill(p, query.scalar_type(), kv, stream);
   }
   return result;
 }
@@ -204,7 +197,7 @@ Pair flash_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor query_s
   if (query.scalar_type() == ScalarType::Float) {
     launch_simt(p, KVType::kSame, 0, query, stream);
   } else {
-    prefill(p, query, KVType::kSame, stream);
+    launch_prefill(p, query.scalar_type(), KVType::kSame, stream);
   }
   return result;
 }

@@ -101,12 +101,15 @@ struct Plan {
 // How many teams of 1 << i CTAs of a kernel the device runs at once; 0: none of that size.
 using Teams = std::array<int, 5>;
 
+// Integers that are 0 when a kernel in this stream starts, and that it has to leave so.
+int* take_counters(cudaStream_t stream);
+
 // Allocates the workspace in `like`'s caching allocator; `dim` is the row length of a partial result. The returned
 // tensor keeps it alive: the caller may drop it once the kernel is enqueued, since the allocator is stream-ordered.
 Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams& most, const Tensor& like, Plan& plan);
 
 // Rows of `out` that no sequence owns or that see no key become 0, their lse -inf; `out_size` is the size of an element
-// of `out`. For kernels without a plan: those with one do so themselves. Also 0 into `next_item`, where there is one.
+// of `out`. For kernels that do not do so themselves.
 void launch_fill(const AttentionParams& p, int out_size, cudaStream_t stream);
 
 struct Device {
@@ -209,6 +212,11 @@ __device__ __forceinline__ SeqSize seq_size(const AttentionParams& p, int seq) {
   const int len = max(0, p.seq_lens[seq]);
   return {len, readable_keys(p, len), max(0, min(p.query_len[seq], p.max_query_len))};
 }
+// Rows of `out` that are known to see a key; none is counted twice: sequences own disjoint rows.
+__device__ __forceinline__ int seeing_rows(const AttentionParams& p, const SeqSize& w, int start) {
+  const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
+  return all_see && start >= 0 && start <= p.num_tokens - w.tokens ? w.tokens : 0;
+}
 __device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, const Plan& plan, int seq) {
   SeqWork w{seq_size(p, seq)};
   w.row_tiles = (w.tokens * plan.group + kRowTile - 1) / kRowTile;
@@ -270,7 +278,7 @@ struct Run {
 
 struct Totals {
   int units, items;
-  int rows;     // rows of `out` that are known to see a key (none is counted twice: sequences own disjoint rows)
+  int rows;     // of `out`, that are known to see a key
   int longest;  // blocks of the longest item
 };
 
@@ -336,8 +344,7 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
       const int items = w.row_tiles * p.num_kv_heads;
       mine.units += items * w.blocks, mine.items += items, mine.longest = max(mine.longest, w.blocks);
     }
-    const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
-    if (all_see && start >= 0 && start <= p.num_tokens - w.tokens) mine.rows += w.tokens;
+    mine.rows += seeing_rows(p, w, start);
   }
   int upto = mine.units, items_upto = mine.items;  // inclusive prefix sums
   Totals total = mine;
@@ -483,6 +490,14 @@ __device__ __forceinline__ Run next_run(const AttentionParams& p, const Plan& pl
   s.at.block = r.end;
   if (r.end == w.blocks) s.at.block = 0, ++s.at.item;
   return r;
+}
+
+// Whether all rows are known to see a key. All lanes of a warp call.
+__device__ __forceinline__ bool all_rows_see(const AttentionParams& p) {
+  int rows = 0;
+#pragma unroll 4
+  for (int s = threadIdx.x % 32; s < p.num_seqs; s += 32) rows += seeing_rows(p, seq_size(p, s), p.query_start[s]);
+  return int(__reduce_add_sync(0xffffffffu, rows)) == p.num_tokens;
 }
 
 // Rows `step` apart from `first`, those that see no key: 0, and -inf in lse. All lanes of a warp call.

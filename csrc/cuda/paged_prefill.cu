@@ -1,4 +1,5 @@
 // launch_prefill: from the arguments of the op to an instantiation of paged_prefill.cuh.
+#include "attention_plan.cuh"
 #include "paged_prefill.cuh"
 
 namespace pagedkv {
@@ -32,13 +33,18 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
 }  // namespace
 
 void launch_prefill(const AttentionParams& a, ScalarType dtype, KVType kv, cudaStream_t stream) {
-  if (a.num_seqs == 0 || a.num_heads == 0 || a.num_tokens == 0 || a.max_query_len == 0) return;
+  if (a.num_heads == 0 || a.num_tokens == 0) return;
+  auto fill = [&] {
+    if (!a.filled) launch_fill(a, 2, stream);
+  };
+  if (a.num_seqs == 0 || a.max_query_len == 0) return fill();
   const prefill::Params p = prepare(a, kv);
   const int64_t grid = int64_t(p.row_tiles) * a.num_kv_heads * a.num_seqs;
   if (int64_t(a.max_query_len) * p.group > INT32_MAX - prefill::kRows || grid > INT32_MAX || p.group >= 1 << 15)
     fail("attention: got max_query_len ", a.max_query_len, " for ", a.num_seqs, " sequences of ", a.num_heads,
          " heads, needs fewer than 2^31 rows and tiles");
   if (prefill::launch_sm90(p, dtype, kv, stream)) return;
+  fill();
   auto launch = [&]<class T>(T) {
     const bool quantized = kv != KVType::kSame;
     const int d = a.head_dim;

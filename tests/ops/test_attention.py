@@ -536,11 +536,12 @@ def test_each_way_to_share_the_work(shape: Any, cache_dtype: torch.dtype | None)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_and_streams_share_no_counters(dtype: torch.dtype) -> None:
+def test_graphs_and_streams_share_no_counters(dtype: torch.dtype, prompts: bool) -> None:
     """Graphs replayed with other lengths, at the same time on two streams, and made and dropped: the eager bits."""
-    big = paged("cuda", (5000, 900), dtype=dtype, kv_heads=1)
-    small = paged("cuda", (700, 2000, 30), dtype=dtype, kv_heads=1, seed=1)
+    big = paged("cuda", (5000, 900), (1200, 900) if prompts else None, dtype=dtype, kv_heads=1)
+    small = paged("cuda", (700, 2000, 30), (600, 300, 30) if prompts else None, dtype=dtype, kv_heads=1, seed=1)
     for op, extra in (("paged_attention", ()), ("paged_attention", (True,)), ("paged_attention_v2", (5,))):
         results = []
         for p in (big, small):
