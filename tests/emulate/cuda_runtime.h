@@ -318,6 +318,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   return x;
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulate::ballot("__ballot_sync", mask, vote); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline bool __all_sync(unsigned mask, bool vote) { return emulate::ballot("__all_sync", mask, vote) == mask; }
 inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any_sync", mask, vote) != 0; }
@@ -445,6 +446,11 @@ namespace emulate::ptx {
 inline void ex2_approx_ftz_f32(float& y, float x) {
   y = exp2f(x);
   y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
+}
+
+inline void rcp_approx_ftz_f32(float& y, float x) {
+  y = fabsf(x) < 0x1p-126f ? copysignf(INFINITY, x) : 1.f / x;
+  y = fabsf(y) < 0x1p-126f ? copysignf(0.f, x) : approximate(y, 1);
 }
 
 inline void tanh_approx_f32(float& y, float x) { y = approximate(tanhf(x), 1 << 12); }
