@@ -139,6 +139,10 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return emulate::last_error(); }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& s = emulate::settings();
   switch (attribute) {
@@ -468,6 +472,10 @@ template <class T>
 void mov_b64(T& to, T from) {
   to = from;
 }
+inline void mov_u64(uint64_t& nanoseconds) {  // of the special registers, the timer
+  static uint64_t now = 0;
+  nanoseconds = now += 100;
+}
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
 inline void ld_global_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const uint4* p) {
@@ -475,6 +483,9 @@ inline void ld_global_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& 
   x = v.x, y = v.y, z = v.z, w = v.w;
 }
 inline void prefetch_global_L2(const volatile void*) {}
+inline void cp_async_bulk_prefetch_L2_global(const volatile void*, int bytes) {
+  if (bytes <= 0 || bytes % 16 != 0) fail("cp.async.bulk.prefetch of %d bytes: needs multiples of 16", bytes);
+}
 
 void cp_async(uint32_t target, const void* source, int size, int bytes);
 inline void lop3_b32(uint32_t& r, uint32_t a, uint32_t b, uint32_t c, int table) {
