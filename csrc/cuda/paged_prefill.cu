@@ -5,6 +5,8 @@
 namespace pagedkv {
 namespace {
 
+constexpr int64_t kCachedBytes = 20 << 20;  // of keys and values that the L2 cache keeps
+
 prefill::Params prepare(const AttentionParams& a, KVType kv) {
   prefill::Params p{};
   p.a = a;
@@ -19,6 +21,8 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
   p.group = a.num_heads / a.num_kv_heads;
   p.group_magic = uint32_t(((1u << 31) + p.group - 1) / p.group);
   p.row_tiles = int((int64_t(a.max_query_len) * p.group + prefill::kRows - 1) / prefill::kRows);
+  const int64_t pairs = int64_t(a.num_seqs) * a.num_kv_heads, pair_bytes = 2 * bytes * a.head_dim * a.max_query_len;
+  p.side = int(std::clamp<int64_t>(kCachedBytes / pair_bytes, 1, pairs));
   p.q_vectors =
       (reinterpret_cast<uintptr_t>(a.q) | uintptr_t(2 * a.q_stride_t) | uintptr_t(2 * a.q_stride_h)) % 16 == 0;
   p.fp8 = kv == KVType::kFp8;
@@ -26,6 +30,7 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
   const bool direct = a.softcap <= 0.f && !a.alibi_slopes && a.scale > 0.f;
   p.exp2_scale = direct ? a.scale * kLog2e : kLog2e;
   p.logit_scale = direct || a.softcap > 0.f ? 1.f : a.scale;
+  p.plain = direct;
   p.tanh_scale = a.softcap > 0.f ? a.scale / a.softcap : 0.f;
   return p;
 }
