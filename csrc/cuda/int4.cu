@@ -326,6 +326,9 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
   if (narrow && p.m >= kInt4Many && on_many(p, input, stream)) return y;
   const auto on_few = x.scalar_type() == ScalarType::Half ? launch_int4_few<__half> : launch_int4_few<__nv_bfloat16>;
   if (narrow && p.m >= kInt4Few && on_few(p, stream)) return y;
+  const auto on_packed =
+      x.scalar_type() == ScalarType::Half ? launch_packed_wgmma<__half> : launch_packed_wgmma<__nv_bfloat16>;
+  if (narrow && p.offsets && p.m >= kPackedWgmma && p.m < kPackedExpand && on_packed(p, false, input, stream)) return y;
   if (narrow && (p.m >= (p.offsets ? kInt4ExpandOffsets : kInt4Expand) || p.k == 0)) {
     if (p.k > 0)
       expand(p, input, bias, y, stream), p.bias = nullptr;

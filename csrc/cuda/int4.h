@@ -135,6 +135,10 @@ bool launch_int4_few(const Int4Params& p, cudaStream_t stream);
 template <class T>
 bool launch_int4_many(const Int4Params& p, const Tensor& like, cudaStream_t stream);
 constexpr int kInt4Many = 65;
+// Hopper's for weights of 8 bits (bytes), and those of 4 with offsets; false where it cannot. Units of packed_wgmma.cu.
+template <class T>
+bool launch_packed_wgmma(const Int4Params& p, bool bytes, const Tensor& like, cudaStream_t stream);
+constexpr int kPackedWgmma = 17, kPackedExpand = 1536;  // from so many rows on, and up to those
 // Whether they can read x as it is: rows of whole slices, in 16-byte vectors.
 inline bool int4_reads(const void* x, int64_t x_stride, int64_t k) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0 && k % kInt4Block == 0;

@@ -207,6 +207,11 @@ def samples(device: str) -> Iterator[Sample]:
         yield "q4k_linear", (x[:, 8:], *new.q4k(150, 6), bias, residual, "silu"), {}
         yield "int8_linear", (x[:, 1:], *new.int8(150, 1543, 32, torch.float16), bias, residual, 32, 1543, "gelu"), {}
         yield "int8_linear", (x, *new.int8(150, 1544, 1600, torch.float32), None, None, 1600, 1544), {}
+    for rows, dtype in itertools.product((20, 40, 70, 300), FLOATS[1:]):  # tiles of 32, 64, 128 and 256 rows
+        x, bias, residual = (new.normal(*s, dtype=dtype) for s in ((rows, 1536), (272,), (rows, 272)))
+        yield "q4k_linear", (x, *new.q4k(272, 6), bias, residual, "silu"), {}
+        yield "int8_linear", (x, *new.int8(272, 1536, 32, torch.float16), bias, None, 32, 1536), {}
+        yield "int8_linear", (x[:, :1504], *new.int8(272, 1504, 96, dtype), None, residual, 96, 1504), {}
     for n, dtype, stored in itertools.product((24, 4099, 9024), FLOATS, QUANTIZED):
         x, factor = new.normal(5, n + 1, dtype=dtype), new.normal(n).abs()
         yield "quantize_per_token", (x[:, 1:], factor, 0, stored), {}
