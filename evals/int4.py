@@ -1,6 +1,8 @@
-"""What do 4-bit weights do for speed and memory? `generate()` of one prompt: stock, patched, and with INT4 weights.
+"""What do 4-bit weights (or 8-bit ones, `--weights`) do for speed and memory? `generate()` of one prompt: stock,
+patched, and with such weights.
 
     python -m torch_pagedkv.evals.int4 [--model ... | --random llama3-8b] [--device ...] [--json FILE]
+        [--weights int4 int8 fp8]
 
 Every way has a model of its own, all are in memory at once, and they take turns: in each round every way generates the
 same number of tokens after the same prompt, so that a machine that slows down slows all. Given are medians, and in the
@@ -40,15 +42,19 @@ from . import command, demo, machine, models, prompts, render, speed
 GROUPS = {"cpu": (64, 32), "cuda": (128,)}
 
 
-def ways_of(device: str) -> dict[str, dict[str, Any] | None]:
+#: weights= of `patch` -> the op that has to run then
+OPS = {"int4": "int4_linear", "int8": "int8_mm", "fp8": "fp8_mm"}
+
+
+def ways_of(device: str, weights: Sequence[str] = ("int4",)) -> dict[str, dict[str, Any] | None]:
     """Way -> options of `patch`; None: stock."""
-    four_bit = [{"weights": "int4", "group_size": group} for group in GROUPS[device]]
-    return {
-        "stock": None,
-        "patched": {},
-        **{f"int4 g{one['group_size']}": one for one in four_bit},
-        **{f"int4 g{one['group_size']}, head": {**one, "quantize_head": True} for one in four_bit},
-    }
+    quantised: dict[str, dict[str, Any]] = {}
+    for form in weights:
+        for group in GROUPS[device] if form == "int4" else (None,):
+            name = form if group is None else f"{form} g{group}"
+            quantised[name] = {"weights": form, **({} if group is None else {"group_size": group})}
+    with_head = {f"{name}, head": {**options, "quantize_head": True} for name, options in quantised.items()}
+    return {"stock": None, "patched": {}, **quantised, **with_head}
 
 
 FROM_FILE = "patched, the GGUF file's numbers"
@@ -63,7 +69,7 @@ class Ours:
         if options is not None:
             models.patch(model, **options)
         self.is_patched = options is not None
-        self.four_bit = options is not None and "weights" in options
+        self.op = OPS.get((options or {}).get("weights", ""))
 
     def generate(self, ids: list[int], count: int) -> tuple[float, list[int]]:
         """Seconds and tokens of one call; the prompt is new to the cache."""
@@ -84,9 +90,9 @@ class Ours:
         return {"linears": _bytes(linears), "head": _bytes([head]) if own else 0}
 
     def failures(self) -> list[str]:
-        """What must not be: 4-bit weights that no layer has."""
+        """What must not be: quantised weights that no layer has."""
         ran = torch_pagedkv.report(self.model).replaced if self.is_patched else {}
-        return ["no layer runs int4_linear"] if self.four_bit and not ran.get("int4_linear") else []
+        return [f"no layer runs {self.op}"] if self.op and not ran.get(self.op) else []
 
 
 def _bytes(modules: list[Any]) -> int:
@@ -158,7 +164,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             ids.extend(prompt(args, model, tokenizer))
         return Ours(model, options)
 
-    for name, options in ways_of(device).items():
+    for name, options in ways_of(device, args.weights).items():
         ways[name] = functools.partial(ours, options)
     if file is not None:
         ways[FROM_FILE] = lambda: _from_file(file, device, args.dtype)
@@ -237,6 +243,7 @@ def parser() -> argparse.ArgumentParser:
     top = command.parser("int4", __doc__, random=True)
     add: Callable[..., Any] = top.add_argument
     add("--dtype", choices=models.DTYPES, default="bf16", help="default: %(default)s")
+    add("--weights", nargs="+", choices=OPS, default=["int4"], help="in which the rows are (default: int4)")
     add("--ways", nargs="+", metavar="WAY", help="some of the table's rows (default: all)")
     add("--gguf", type=Path, metavar="FILE", help="for llama.cpp (default: the model's own, if it has one)")
     add("--rounds", type=positive, default=5, metavar="N", help="turns of each way (default: %(default)s)")

@@ -160,6 +160,18 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
         {"batch": 1, "context": 8192, "query": 8192, "page": 64},
         {"batch": 1, "context": 8192, "query": 8192, "softcap": 50.0, "flex": True},
     ]),
+    ("paged_attention", L3, paged, GPU, [  # prefill as on GPUs before Hopper
+        *[{"batch": 1, "context": n, "query": n, "mma_sync": True} for n in (512, 2048, 8192, 32768)],
+        {"batch": 8, "context": 1024, "query": 1024, "mma_sync": True},
+        {"batch": 1, "context": 16384 + 512, "query": 512, "mma_sync": True},
+        {"batch": 1, "context": 8192, "query": 8192, "page": 64, "mma_sync": True},
+        {"batch": 1, "context": 8192, "query": 8192, "softcap": 50.0, "flex": True, "mma_sync": True},
+    ]),
+    *[("paged_attention", m, paged, GPU, [{"batch": 1, "context": 8192, "query": 8192, "mma_sync": True}])
+      for m in (L2, QWEN, GEMMA, SMOL)],
+    ("paged_attention", MISTRAL, paged, GPU, [
+        {"batch": 1, "context": 8192, "query": 8192, "window": 4096, "mma_sync": True},
+    ]),
     *[("paged_attention", m, paged, GPU, [
         {"batch": 1, "context": 2048, "query": 2048}, {"batch": 1, "context": 8192, "query": 8192},
     ]) for m in (L2, QWEN, QWEN3, GEMMA, SMOL)],

@@ -104,9 +104,9 @@ def modules_built() -> frozenset[str]:
     return frozenset(file.stem for folder in folders if folder for file in Path(folder).glob("*/*.so"))
 
 
-def is_built(*parts: str) -> bool:
-    """Whether FlashInfer has a module whose name contains these."""
-    return any(all(part in name for part in parts) for name in modules_built())
+def is_built(*parts: str, lacking: str = "\0") -> bool:
+    """Whether FlashInfer has a module whose name contains these, and not `lacking`."""
+    return any(all(part in name for part in parts) and lacking not in name for name in modules_built())
 
 
 @cache
@@ -130,6 +130,7 @@ class Attention:
     dtype: torch.dtype
     window: int
     softcap: float
+    mma_sync: bool = False  # beside kernels without instructions of Hopper
 
     @property
     def batch(self) -> int:
@@ -158,25 +159,27 @@ Peers = dict[str, Callable[[Any], Any]]
 def attention(at: Attention, ours: Callable[[Any], Any], flex: bool) -> Peers:
     """For inputs with query, k, v, tables, lens, mask and, dense, [2] of [B, Hkv, L, D]. Each is compared with our own
     result, which the row compares with the exact one."""
-    return {
-        name: Peer(peer.call, peer.prepare, ours)
-        for found in (_cudnn(at), _varlen(at), _flex(at) if flex else {}, _fa3(at), _flashinfer(at))
-        for name, peer in found.items()
-    }
+    if at.mma_sync:
+        theirs = _sdpa(at, "FlashAttention-2", SDPBackend.FLASH_ATTENTION)
+    else:
+        theirs = _sdpa(at, "cudnn", SDPBackend.CUDNN_ATTENTION) | _fa3(at)
+    theirs |= _varlen(at) | (_flex(at) if flex else {}) | _flashinfer(at)
+    return {name: Peer(peer.call, peer.prepare, ours) for name, peer in theirs.items()}
 
 
-def _cudnn(at: Attention) -> dict[str, Peer]:
+def _sdpa(at: Attention, name: str, backend: SDPBackend) -> dict[str, Peer]:
+    """PyTorch's attention by one of its kernels."""
     if not at.uniform or at.query not in (1, at.longest) or at.window or at.softcap:
         return {}
 
     def call(a: Any) -> Tensor:
         q, (k, v) = a.query.view(at.batch, at.query, at.heads, at.head_dim).transpose(1, 2), a.dense
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(backend):
             grouped = at.heads != at.kv_heads
             out = F.scaled_dot_product_attention(q, k, v, is_causal=at.query > 1, enable_gqa=grouped)
         return out.transpose(1, 2)
 
-    return {"sdpa, cudnn, dense KV": Peer(call)}
+    return {f"sdpa, {name}, dense KV": Peer(call)}
 
 
 def _varlen(at: Attention) -> dict[str, Peer]:
@@ -293,12 +296,14 @@ def _flashinfer(at: Attention) -> dict[str, Peer]:
     head = f"head_dim_qk_{at.head_dim}"
     plain = ("dtype_q_bf16", head, "use_swa_False", "use_logits_cap_False")
     found = {}
-    if at.query > 1:
+    if at.query > 1 and not at.mma_sync:
         if is_built("batch_prefill", *plain, "sm90"):
             found["FlashInfer"] = planned("fa3")
         return found
-    if is_built("batch_prefill", *plain):  # its tensor cores' decode is that kernel
+    if is_built("batch_prefill", *plain, lacking="sm90"):  # its tensor cores' decode is that kernel
         found["FlashInfer"] = planned("fa2")
+    if at.query > 1:
+        return found
     if is_built("batch_decode", *plain):
         found["FlashInfer, CUDA cores"] = planned("cuda")
     group = f"head_group_ratio_{at.heads // at.kv_heads}_"

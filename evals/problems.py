@@ -5,10 +5,12 @@ A builder takes where to run (`Env`), a `Model` and sizes, and gives a `Problem`
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -143,6 +145,20 @@ def sampled_rows(lengths: Sequence[int], rows: Sequence[int]) -> list[tuple[int,
     ]
 
 
+@contextlib.contextmanager
+def mma_sync_prefill() -> Iterator[None]:
+    """Prefill attention by the kernel of GPUs before Hopper: calls that are made, or captured in a graph, in here."""
+    before = os.environ.get("PAGEDKV_PREFILL")
+    os.environ["PAGEDKV_PREFILL"] = "mma"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PAGEDKV_PREFILL"]
+        else:
+            os.environ["PAGEDKV_PREFILL"] = before
+
+
 def lognormal_lengths(batch: int, mean: int) -> list[int]:
     """Lengths as requests have them, few of them long; 64 of mean 2048 are 279 to 5960."""
     draw = random.Random(1)
@@ -163,9 +179,11 @@ def paged(
     softcap: float = 0.0,
     flex: bool = False,
     batch_invariant: bool = False,
+    mma_sync: bool = False,
 ) -> Problem:
     """paged_attention: `query` tokens a sequence at the end of `context`; lognormal: that is the lengths' mean; flex:
-    beside FlexAttention, which is compiled for each row; batch_invariant: beside itself without."""
+    beside FlexAttention, which is compiled for each row; batch_invariant: beside itself without; mma_sync: the prefill
+    kernel of GPUs before Hopper, beside others of that kind."""
     lengths = lognormal_lengths(batch, context) if lognormal else [context] * batch
     lengths = [max(query, n) for n in lengths]
     needed = [-(-n // page) for n in lengths]
@@ -201,21 +219,22 @@ def paged(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=a.mask, is_causal=causal, enable_gqa=True)
 
     def call(a: Inputs, batch_invariant: bool = batch_invariant) -> Any:
-        return ops.paged_attention(
-            a.query,
-            a.k,
-            a.v,
-            a.tables,
-            a.lens,
-            a.start,
-            a.rows,
-            max_query_len=query,
-            batch_invariant=batch_invariant,
-            sliding_window=window,
-            softcap=softcap,
-            k_scale=a.k_scale,
-            v_scale=a.v_scale,
-        )
+        with mma_sync_prefill() if mma_sync else contextlib.nullcontext():
+            return ops.paged_attention(
+                a.query,
+                a.k,
+                a.v,
+                a.tables,
+                a.lens,
+                a.start,
+                a.rows,
+                max_query_len=query,
+                batch_invariant=batch_invariant,
+                sliding_window=window,
+                softcap=softcap,
+                k_scale=a.k_scale,
+                v_scale=a.v_scale,
+            )
 
     def truth(a: Inputs) -> Tensors:
         found = []
@@ -234,12 +253,14 @@ def paged(
     peers: dict[str, Callable[[Inputs], Any]] = {}
     if batch_invariant:
         peers["paged_attention"] = partial(call, batch_invariant=False)
-    elif kv == "same" and not softcap:
+    elif kv == "same" and not softcap and not mma_sync:
         peers["gather + sdpa"] = lambda a: sdpa(a, *(x[:, :, :longest] for x in dense(a)))
         peers["sdpa on dense KV"] = lambda a: sdpa(a, *a.dense)
     if kv == "same" and env.device.type == "cuda" and env.size == 2 and not batch_invariant:
         peers |= others.attention(
-            others.Attention(heads, model.kv_heads, d, page, lengths, query, env.dtype, window, softcap), call, flex
+            others.Attention(heads, model.kv_heads, d, page, lengths, query, env.dtype, window, softcap, mma_sync),
+            call,
+            flex,
         )
     seen = [min(n, window + query - 1) if window else n for n in lengths]  # keys that are read
     pairs = sum(sum(min(i, window) if window else i for i in range(n - query + 1, n + 1)) for n in lengths)

@@ -28,7 +28,8 @@ from torch.nn.modules import module as torch_module
 from transformers.utils import output_capturing
 
 from ..kv.cache import PagedCache
-from ..quant.linear import Int4Linear, Joint
+from ..quant.joint import Joint
+from ..quant.linear import Int4Linear
 from . import linear, match, mlp, norm, rotary
 from .log import PatchLog
 
@@ -173,12 +174,12 @@ def _plain(module: nn.Linear) -> _Step:
 
 
 def _joint(fused: Any) -> Callable[[Tensor], Tensor] | None:
-    """The product of 4-bit projections in one, if they are that. (Whether it is current is asked before each call.)"""
-    if not isinstance(fused, linear.FusedInt4) or not fused.is_current():
+    """The product of packed projections in one, if they are that. (Whether it is current is asked before each call.)"""
+    if not isinstance(fused, linear.FusedPacked) or not fused.is_current():
         return None
     joint: Joint = fused.joint
     bias = joint.buffers["bias"]
-    if bias is not None and bias.dtype != joint.parts[0].like.dtype:
+    if joint.kind is not Int4Linear or (bias is not None and bias.dtype != joint.parts[0].like.dtype):
         return joint
     return lambda x: _int4_linear(x, *joint.operands(), None, joint.run, joint.in_features)
 

@@ -1,4 +1,4 @@
-"""Linear layers. Few rows (decoding) -> `linear`; on CUDA, and of 4-bit layers, projections of one input in one GEMM.
+"""Linear layers. Few rows (decoding) -> `linear`; on CUDA, and of 4-bit layers, projections of one input in one call.
 
 The fused weight holds the rows of all of them, and each original parameter becomes a view of its part, so the model has
 one copy of its weights, `state_dict` and in-place loading work as before, and the modules still run on their own.
@@ -21,7 +21,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .. import ops
-from ..quant.linear import Int4Linear, Joint
+from ..quant.eight import Fp8Linear, W8A8Linear
+from ..quant.fixed import FixedLinear
+from ..quant.joint import Joint
+from ..quant.linear import Int4Linear
+from ..quant.packed import Int8Linear, Q4KLinear
 from . import match
 from .log import PatchLog
 
@@ -65,21 +69,21 @@ def wanted(config: PagedConfig, module: nn.Module) -> bool:
     return isinstance(module, Int4Linear) or (weight is not None and weight.is_cuda)
 
 
-def fuse(parts: Sequence[nn.Module], config: PagedConfig, log: PatchLog, name: str) -> FusedLinear | FusedInt4 | None:
+def fuse(parts: Sequence[nn.Module], config: PagedConfig, log: PatchLog, name: str) -> FusedLinear | FusedPacked | None:
     """Fuse projections of one input, if the config wants it and they allow it; report it under `name`."""
     if not wanted(config, parts[0]):
         return None
     if any("forward" in vars(part) for part in parts):
         log.kept(name, "linear", "something else is bound to the projections")
         return None
-    if isinstance(parts[0], Int4Linear):
+    if isinstance(parts[0], FixedLinear):
         if reason := Joint.obstacle(parts):
             log.kept(name, "linear", f"projections not fused: {reason}")
             return None
         joint = Joint(parts)  # type: ignore[arg-type]
         log.on_undo(joint.separate)
-        log.runs(name, "linear", "fused int4_linear")
-        return FusedInt4(joint)
+        log.runs(name, "linear", f"fused {parts[0].op}")
+        return FusedPacked(joint)
     fused = FusedLinear.of(parts, log)  # type: ignore[arg-type]
     if fused is None:
         log.kept(name, "linear", "its projections differ in input, bias or binding")
@@ -120,8 +124,8 @@ class FusedLinear:
         return project(x, self.weight, self.bias).split(self.sizes, -1)
 
 
-class FusedInt4:
-    """Several Int4Linear of one input as one product (`Joint`)."""
+class FusedPacked:
+    """Several packed layers of one input as one product (`Joint`)."""
 
     def __init__(self, joint: Joint) -> None:
         self.joint = joint
@@ -129,7 +133,10 @@ class FusedInt4:
         self.sizes = [p.out_features for p in joint.parts]
 
     def is_current(self) -> bool:
-        """True if the layers are joined; after a move (`.to()`) they are joined again."""
+        """True if the layers are joined; after a move (`.to()`) they are joined again. False while they are not to
+        round."""
+        if not all(getattr(part, "rounds", True) for part in self.parts):  # they may be of another class by now
+            return False
         if torch.compiler.is_compiling():  # `refresh` may have been here before
             return self.joint.is_current()
         return self.joint.is_current() or not self.joint.join()
@@ -153,7 +160,7 @@ def _own_storage(parameter: Tensor) -> None:
 class SharedProjection:
     """q, k and v projections that are called one after the other on the same input: the first computes all three."""
 
-    def __init__(self, fused: FusedLinear | FusedInt4) -> None:
+    def __init__(self, fused: FusedLinear | FusedPacked) -> None:
         self.fused = fused
         self._input: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
@@ -170,7 +177,7 @@ class SharedProjection:
         return output
 
 
-_KINDS = (nn.Linear, Int4Linear)
+_KINDS = (nn.Linear, Int4Linear, Int8Linear, Q4KLinear, W8A8Linear, Fp8Linear)
 
 
 def part_forward(self: nn.Linear, input: Tensor) -> Tensor:
@@ -186,13 +193,13 @@ def few_rows_forward(self: nn.Linear, input: Tensor) -> Tensor:
     return project(input, self.weight, self.bias)
 
 
-def _fused_of(module: nn.Module) -> FusedLinear | FusedInt4 | None:
+def _fused_of(module: nn.Module) -> FusedLinear | FusedPacked | None:
     shared, index = vars(module).get("_pagedkv_part", (None, 0))
     return shared.fused if shared is not None and index == 0 else vars(module).get("_pagedkv_gate_up")
 
 
 def refresh(model: nn.Module) -> None:
-    """Joins 4-bit layers again that were moved since."""
+    """Joins packed layers again that were moved since."""
     for fused in vars(model).get("_pagedkv_fused", ()):
         fused.is_current()
 
@@ -214,7 +221,7 @@ def apply(model: nn.Module, config: PagedConfig, log: PatchLog) -> None:
             log.set_attribute(part, "_pagedkv_part", (shared, index))
             log.bind(part, "forward", part_forward)
     found = [fused for _, module in match.modules_of(model) if (fused := _fused_of(module)) is not None]
-    log.set_attribute(model, "_pagedkv_fused", [fused for fused in found if isinstance(fused, FusedInt4)])
+    log.set_attribute(model, "_pagedkv_fused", [fused for fused in found if isinstance(fused, FusedPacked)])
     for name, module in match.modules_of(model):
         if type(module) is not nn.Linear or match.is_bound_elsewhere(module):
             continue

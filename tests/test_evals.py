@@ -427,6 +427,16 @@ def test_int4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result["machine"]["command"].startswith("python -m torch_pagedkv.evals.int4 --random tiny")
 
 
+def test_int4_of_8_bits(tmp_path: Path) -> None:
+    report, few = tmp_path / "int8.json", ["--rounds", "1", "--new-tokens", "2", "--prompt-tokens", "5"]
+    argv = ["--random", "tiny", "--device", "cpu", "--weights", "int8", "--ways", "stock", "int8", "int8, head", *few]
+    assert int4.main([*argv, "--json", str(report)]) == 0
+    ways = {one["way"]: one["bytes"] for one in json.loads(report.read_text())["ways"]}
+    stock = ways["stock"]
+    assert stock["linears"] / 2 < ways["int8"]["linears"] < 0.6 * stock["linears"]
+    assert ways["int8"]["head"] == stock["head"] > ways["int8, head"]["head"]
+
+
 def test_int4_names_the_ways(capsys: pytest.CaptureFixture[str]) -> None:
     assert int4.main(["--random", "tiny", "--device", "cpu", "--ways", "fp4"]) == 2
     assert "--ways: got 'fp4', there are stock, patched," in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -182,11 +183,36 @@ def test_fa3_is_asked_only_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> N
         assert peers._fa3(shape(**changes)) == {}
 
 
+def test_rows_of_older_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run that kernel, leave the environment as it was, and stand beside kernels of that kind."""
+    seen = []
+    attend = problems.ops.paged_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(os.environ.get("PAGEDKV_PREFILL"))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(problems.ops, "paged_attention", spy)
+    for before in (None, "other"):
+        monkeypatch.delenv("PAGEDKV_PREFILL", raising=False)
+        if before:
+            monkeypatch.setenv("PAGEDKV_PREFILL", before)
+        for older in (True, False):
+            problem = problems.paged(env(), TINY, batch=1, context=40, query=40, mma_sync=older)
+            problem.call(problem.make())
+            assert seen.pop() == ("mma" if older else before) and os.environ.get("PAGEDKV_PREFILL") == before
+    theirs = peers.attention(shape(query=64, mma_sync=True), lambda a: None, False)
+    assert "sdpa, FlashAttention-2, dense KV" in theirs and "sdpa, cudnn, dense KV" not in theirs
+    assert "sdpa, cudnn, dense KV" in peers.attention(shape(query=64), lambda a: None, False)
+    assert any("mma sync" in case.shape for case in kernels.cases("cuda", False, []))
+
+
 def test_flashinfers_modules_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     built = {"batch_decode_x_dtype_q_bf16_head_dim_qk_128_use_swa_False_use_logits_cap_False", "xqa_input_bf16_y"}
     monkeypatch.setattr(peers, "modules_built", lambda: frozenset(built))
     assert peers.is_built("batch_decode", "head_dim_qk_128", "use_swa_False")
     assert not peers.is_built("batch_decode", "head_dim_qk_64") and not peers.is_built("batch_prefill")
+    assert not peers.is_built("batch_decode", lacking="q_bf16")
 
 
 def test_a_wrong_peer_is_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,10 @@
 // Elementwise over 16-byte vectors that never straddle a row, one a thread: with two, registers cost more in threads
 // than they brought in flight (4096 x 14336: 97 us for two, 134 for four, 86 for one). Packed gate and up (the halves
 // of one projection) are rows with a stride. The activation is a switch outside the loop over a vector's elements:
-// uniform, and one kernel a dtype.
+// uniform, and one kernel a dtype. bias_act of many rows, which has half of the bytes for the same work: see bias_rows.
 //
-// Floor: bytes / 4.28 TB/s; silu_and_mul of 4096 x 14336 bf16: 352 MB, 82 us.
+// Floor: bytes / 4.28 TB/s; silu_and_mul of 4096 x 14336 bf16: 352 MB, 82 us (measured 81.6); bias_act with gelu: 235
+// MB, 55 us (58.4; a vector a thread, with the intrinsics' exponential and quotient: 74.6).
 #include "activation.cuh"
 #include "reduce.cuh"
 
@@ -23,6 +24,8 @@ struct ActParams {
 };
 
 constexpr int kBlock = 256;
+constexpr int kRows = 4;                   // of a thread of bias_rows; 2: 59.1 us for 59.1, 8: 62.5
+constexpr int64_t kManyVectors = 1 << 19;  // more than are on the device at once: from here on
 
 template <class T, int V, bool gated>
 __global__ void __launch_bounds__(kBlock) act_kernel(const __grid_constant__ ActParams p) {
@@ -49,6 +52,37 @@ __global__ void __launch_bounds__(kBlock) act_kernel(const __grid_constant__ Act
     for (int i = 0; i < V; ++i) x[i] *= b[i];
   }
   store_vec<T, V>(static_cast<T*>(p.y) + vector * V, from_floats<T, V>(x));
+}
+
+// bias_act of many rows, a constant distance apart: a thread takes one vector's place in kRows of them, so that the
+// bias is converted once and the addresses are worked out once. (Vectors one by one: 34 instructions an element, which
+// take longer than the memory.)
+template <class T, int V>
+__global__ void __launch_bounds__(kBlock) bias_rows(const __grid_constant__ ActParams p) {
+  release_next();
+  const Quotient at = divide(int64_t(blockIdx.x) * kBlock + threadIdx.x, p.row);  // rows, vector of the row
+  const int64_t column = at.r * V, row = at.q * kRows, step = p.row.d * V;
+  const T* const from = static_cast<const T*>(p.x) + row * p.x_rows.inner_stride + column;
+  const T* const bias = static_cast<const T*>(p.other) + column;
+  T* const to = static_cast<T*>(p.y) + row * step + column;
+  wait_for_previous();
+  const int64_t left = p.x_rows.rows - row;
+  if (left <= 0) return;
+
+  Vec<T, V> in[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) in[r] = stream_or_zero<T, V>(from + r * p.x_rows.inner_stride, r < left);
+  float b[V] = {};
+  if (p.other) to_floats(load_vec<T, V>(bias), b);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float x[V];
+    to_floats(in[r], x);
+#pragma unroll
+    for (int i = 0; i < V; ++i) x[i] += b[i];
+    apply<V, sizeof(T) == 2>(p.act, x);
+    if (r < left) store_vec<T, V>(to + r * step, from_floats<T, V>(x), true);
+  }
 }
 
 template <bool gated>
@@ -84,7 +118,15 @@ Tensor activation(const char* op, const Tensor& x, const Tensor* other, Act act)
       p.vectors = p.x_rows.rows * p.row.d;
       launch_kernel(act_kernel<T, V, gated>, ceil_div(p.vectors, kBlock), kBlock, 0, stream, p);
     };
-    if (aligned && n % kVec<T> == 0)
+    const bool vectors = aligned && n % kVec<T> == 0;
+    if constexpr (!gated) {
+      if (vectors && p.x_rows.rows == p.x_rows.inner.d && x.numel() >= kManyVectors * kVec<T>) {
+        p.row = n / kVec<T>;
+        const int64_t threads = (p.x_rows.rows + kRows - 1) / kRows * p.row.d;
+        return launch_kernel(bias_rows<T, kVec<T>>, ceil_div(threads, kBlock), kBlock, 0, stream, p);
+      }
+    }
+    if (vectors)
       run(std::integral_constant<int, kVec<T>>{});
     else
       run(std::integral_constant<int, 1>{});

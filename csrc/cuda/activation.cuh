@@ -27,6 +27,18 @@ Act find_activation(const char* op, const std::string& name) {
   fail(op, ": activation: got \"", name, "\", needs one of ", known);
 }
 
+// The hardware's own, denormals flushed: the intrinsics rescale their arguments for them, six instructions for one.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ __forceinline__ float relu(float x) { return x < 0.f ? 0.f : x; }  // NaN stays NaN
 template <bool kFast>
 __device__ __forceinline__ float times_logistic(float x, float y) {  // x times the logistic function of y
@@ -38,12 +50,12 @@ __device__ __forceinline__ float times_logistic(float x, float y) {  // x times 
 template <bool kFast>
 __device__ __forceinline__ float gelu(float x) {
   if constexpr (!kFast) return 0.5f * x * (1.f + erff(x * 0.7071067811865476f));
-  const float t = __fdividef(1.f, fmaf(0.36f, fabsf(x), 1.f));
+  const float t = reciprocal_approx(fmaf(0.36f, fabsf(x), 1.f));
   float tail = fmaf(-0.09851895926705198f, t, 0.2543962205437542f);
   tail = fmaf(tail, t, 0.03510770168615007f);
   tail = fmaf(tail, t, 0.16869978549593057f);
   tail = fmaf(tail, t, 0.1401232177402751f);
-  tail = fmaf(tail, t, 0.0001913566404724361f) * __expf(-0.5f * x * x);
+  tail = fmaf(tail, t, 0.0001913566404724361f) * exp2_approx(-0.7213475204444817f * x * x);
   return x * (x > 0.f ? 1.f - tail : tail);
 }
 template <bool kFast>

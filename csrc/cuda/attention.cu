@@ -1,4 +1,4 @@
-// The attention ops: arguments -> AttentionParams, the choice of kernel, and the merge of partial results.
+// The attention ops: arguments -> AttentionParams, and the choice of kernel.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "attention_plan.cuh"
@@ -83,13 +83,6 @@ void set_cache(AttentionParams& p, const Tensor& key_cache, const Tensor& value_
 
 namespace {
 
-void prefill(AttentionParams& p, const Tensor& query, KVType kv, cudaStream_t stream) {
-  Tensor next_item = torch::stable::new_empty(query, {1}, ScalarType::Int);  // stream-ordered: may go once enqueued
-  p.next_item = next_item.mutable_data_ptr<int>();
-  launch_fill(p, int(query.element_size()), stream);
-  launch_prefill(p, query.scalar_type(), kv, stream);
-}
-
 enum class Version { kPick, kInvariant, kOnePass, kSplit };
 
 // Few rows a KV head: one tile of the decode kernel holds them, or they are too few for the prefill kernel, which does
@@ -115,7 +108,7 @@ void mixed(AttentionParams p, const Tensor& query, KVType kv, cudaStream_t strea
   few_rows_kernel<<<(p.num_seqs + 255) / 256, 256, 0, stream>>>(p.query_len, few, few + p.num_seqs, p.num_seqs, most);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   p.query_len = few + p.num_seqs;
-  prefill(p, query, kv, stream);  // fills all other rows, too
+  launch_prefill(p, query.scalar_type(), kv, stream);  // fills all other rows, too
   if (most == 0) return;
   p.query_len = few, p.max_query_len = most, p.filled = true;
   launch_decode(p, query.scalar_type(), kv, kInvariant, query, stream);
@@ -146,7 +139,7 @@ Pair paged(const char* op, Version version, int64_t num_splits, const Tensor& qu
   } else if (version == Version::kSplit || version == Version::kInvariant || suits_decode(p)) {
     launch_decode(p, query.scalar_type(), kv, splits, query, stream);
   } else {
-    prefill(p, query, kv, stream);
+    launch_prefill(p, query.scalar_type(), kv, stream);
   }
   return result;
 }
@@ -204,69 +197,9 @@ Pair flash_attention_cuda(Tensor query, Tensor key, Tensor value, Tensor query_s
   if (query.scalar_type() == ScalarType::Float) {
     launch_simt(p, KVType::kSame, 0, query, stream);
   } else {
-    prefill(p, query, KVType::kSame, stream);
+    launch_prefill(p, query.scalar_type(), KVType::kSame, stream);
   }
   return result;
-}
-
-// merge ---------------------------------------------------------------------------------------------------------------
-
-// A warp a (token, head) row; a side whose weight is 0 is not read, it may hold anything. Floor: 3 * out bytes /
-// bandwidth.
-template <class T, int N>
-__global__ void __launch_bounds__(256)
-    merge_kernel(const T* __restrict__ a, const float* __restrict__ lse_a, const T* __restrict__ b,
-                 const float* __restrict__ lse_b, T* __restrict__ out, float* __restrict__ lse, int64_t rows, int dim) {
-  using V = Vec<T, N>;
-  const int lane = threadIdx.x % 32;
-  const int64_t warps = int64_t(gridDim.x) * blockDim.x / 32;
-  for (int64_t row = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; row < rows; row += warps) {
-    const float la = lse_a[row], lb = lse_b[row], top = fmaxf(la, lb);
-    const float base = top == kNegInf ? 0.f : top;
-    const float ea = expf(la - base), eb = expf(lb - base), total = ea + eb;
-    const float wa = total == 0.f ? 0.f : ea / total, wb = total == 0.f ? 0.f : eb / total;
-    for (int i = lane * N; i < dim; i += 32 * N) {
-      float x[N] = {};
-      auto add = [&](const T* from, float w) {
-        if (w == 0.f) return;
-        const V v = *reinterpret_cast<const V*>(from + row * dim + i);
-#pragma unroll
-        for (int j = 0; j < N; ++j) x[j] += w * to_float(v.v[j]);
-      };
-      add(a, wa);
-      add(b, wb);
-      V v;
-#pragma unroll
-      for (int j = 0; j < N; ++j) v.v[j] = from_float<T>(x[j]);
-      *reinterpret_cast<V*>(out + row * dim + i) = v;
-    }
-    if (lane == 0) lse[row] = total == 0.f ? kNegInf : base + logf(total);
-  }
-}
-
-Pair merge_attention_states_cuda(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
-  check_merge(out_a, lse_a, out_b, lse_b);
-  const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
-  const int64_t rows = out_a.size(0) * out_a.size(1), dim = out_a.size(2);
-  Tensor out = torch::stable::new_empty(out_a, {out_a.size(0), out_a.size(1), dim});
-  Tensor lse = torch::stable::new_empty(lse_a, {lse_a.size(0), lse_a.size(1)});
-  if (rows == 0) return {std::move(out), std::move(lse)};
-  for (Tensor* t : {&out_a, &lse_a, &out_b, &lse_b})
-    if (!t->is_contiguous()) *t = torch::stable::contiguous(*t);
-  const int64_t blocks = std::min<int64_t>((rows + 7) / 8, 16 * int64_t(current_device().sms));
-  dispatch_cuda(out_a.scalar_type(), "merge_attention_states", [&](auto tag) {
-    using T = decltype(tag);
-    constexpr int kVector = 16 / sizeof(T);
-    const auto a = static_cast<const T*>(out_a.const_data_ptr()), b = static_cast<const T*>(out_b.const_data_ptr());
-    const bool vectors =
-        dim % kVector == 0 && (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
-    const auto kernel = vectors ? merge_kernel<T, kVector> : merge_kernel<T, 1>;
-    kernel<<<unsigned(blocks), 256, 0, current_stream(out_a)>>>(
-        a, lse_a.const_data_ptr<float>(), b, lse_b.const_data_ptr<float>(), static_cast<T*>(out.mutable_data_ptr()),
-        lse.mutable_data_ptr<float>(), rows, int(dim));
-  });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {std::move(out), std::move(lse)};
 }
 
 template <class T>
@@ -298,5 +231,4 @@ STABLE_TORCH_LIBRARY_IMPL(torch_pagedkv, CUDA, m) {
   PAGEDKV_IMPL(m, paged_attention_v1, pagedkv::paged_attention_v1_cuda);
   PAGEDKV_IMPL(m, paged_attention_v2, pagedkv::paged_attention_v2_cuda);
   PAGEDKV_IMPL(m, flash_attention, pagedkv::flash_attention_cuda);
-  PAGEDKV_IMPL(m, merge_attention_states, pagedkv::merge_attention_states_cuda);
 }

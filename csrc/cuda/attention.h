@@ -33,14 +33,12 @@ struct AttentionParams {
   int window;                 // 0: off
   bool causal;
 
-  // In front of launch_prefill, rows that no sequence owns or that see no key hold 0 and -inf already; launch_decode
-  // and launch_simt fill them themselves.
-  void* out;       // [T, Hq, D] contiguous
-  bool states;     // out is float32, whatever the queries are: results that are still to be merged with others
-  float* lse;      // [T, Hq] natural log, or null
-  int* next_item;  // launch_prefill: a counter that holds 0 then; launch_fill writes it
+  void* out;    // [T, Hq, D] contiguous
+  bool states;  // out is float32, whatever the queries are: results that are still to be merged with others
+  float* lse;   // [T, Hq] natural log, or null
 
-  bool filled;  // launch_decode: somebody else fills rows that see no key
+  // Rows that no sequence owns or that see no key become 0 and -inf. filled: somebody else sees to them.
+  bool filled;
 
   int num_seqs, num_heads, num_kv_heads, head_dim, num_tokens;
 };

@@ -96,13 +96,7 @@ class Counters {
   std::vector<int*> free_;
 };
 
-int* take_counters(cudaStream_t stream) {
-  static auto& of_device = *new std::array<Counters, 64>;  // never destroyed: graphs may outlive static objects
-  return of_device[current_device().index].take(stream);
-}
-
 __global__ void __launch_bounds__(kThreads) fill_kernel(const __grid_constant__ AttentionParams p, int out_size) {
-  if (p.next_item && blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
   fill_rows(p, out_size, int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, int64_t(gridDim.x) * kWarps);
 }
 
@@ -112,6 +106,11 @@ int fill_blocks(const AttentionParams& p) {
 }
 
 }  // namespace
+
+int* take_counters(cudaStream_t stream) {
+  static auto& of_device = *new std::array<Counters, 64>;  // never destroyed: graphs may outlive static objects
+  return of_device[current_device().index].take(stream);
+}
 
 const Device& current_device() {
   static std::array<Device, 64> devices;
@@ -157,7 +156,7 @@ Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams&
 
   plan.invariant = num_splits == kInvariant;
   plan.fill = !p.filled;
-  plan.ahead = !plan.invariant || p.num_seqs > 1;  // others have late CTAs wait for pages
+  plan.ahead = !plan.invariant || p.num_seqs > 1;  // attention_plan.cuh says what it costs others
   plan.solo = num_splits == 0 && plan.sequence_items == p.num_kv_heads;
   plan.splits = int(std::min<int64_t>(num_splits, std::max<int64_t>(1, blocks())));  // more would be empty
   plan.max_parts = plan.splits;

@@ -10,8 +10,8 @@
 // turn. What they have of it is merged in each CTA and then through distributed shared memory, each CTA merging its
 // share of the rows. The host makes teams for a sequence alone, larger ones the shorter it can be.
 //   - planned (num_splits 0): items of at most kWholeBlocks are moved to one side of a cut whole. Where all items are
-//     equally long, some teams stay idle if every item is a whole number of stretches then, and these are not much
-//     longer: no team starts a second one. Where they are not, each has kHead units more on the line, which stand for
+//     equally long, some teams stay idle if every item is a whole number of stretches then, or every stretch of items,
+//     and stretches are not much longer. Where they are not, each has kHead units more on the line, which stand for
 //     the time that starting with it takes. At most two runs of a team's stretch are parts, so the workspace has two
 //     slots a team. Many equal items of one row tile, if they are nearly even among the warps, are shared out whole, to
 //     each warp its own: no warp waits for another (solo).
@@ -26,9 +26,12 @@
 //
 // The team that completes an item (a counter of blocks that have arrived, which it sets back to 0: see Counters in
 // attention_plan.cu) merges its partial results, always in key order: the outcome does not depend on which came last.
-// That costs 2 us at 16 parts and grew to 9 us at 33 of 7 rows (28 heads, 4 KV heads, 1 x 8192), which teams avoid.
-// Split-KV with a combine is Flash-Decoding (Dao et al., 2023); an even cut of one line of work is stream-K (Osama et
-// al., 2023, arXiv:2301.03598), which FlashInfer (Ye et al., 2025, arXiv:2501.01005) uses for ragged attention.
+// That costs 2 us at 16 parts and grew to 9 us at 33 of 7 rows (28 heads, 4 KV heads, 1 x 8192), which teams avoid. Its
+// arithmetic is a chain of latencies for the few warps of one CTA, so that these take four columns of a thread at a
+// time where there are many: 32 x 2048 with 16 rows (32 heads, 2 KV heads) 26.4 -> 24.4 us, with 48 (1 KV head) 28.9
+// -> 26.9. Split-KV with a combine is Flash-Decoding (Dao et al., 2023); an even cut of one line of work is stream-K
+// (Osama et al., 2023, arXiv:2301.03598), which FlashInfer (Ye et al., 2025, arXiv:2501.01005) uses for ragged
+// attention.
 //
 // On an H200 (us; Llama-3-8B's 32 and 8 heads where nothing else is said), before, and with CTAs on their own, in teams
 // of 4 and of 16: 1 x 1024 10.2, 9.4, 10.4, 8.3; 1 x 8192 18.9, 17.6, 18.0, 18.0; 1 x 32768 50.7, 43.6, 43.8, 44.4;
@@ -39,10 +42,25 @@
 // 8 of 50 to 4000 keys 33.9, 23.8, 21.9 and 20.8. Keys and values that are evicted first leave L2 to instructions,
 // tables and partial results: 0.4 to 3 us a call.
 //
+// The kernel of 16-bit caches makes its plan before the kernel in front is complete, from lengths that it looks at
+// again afterwards (Snapshot), and brings the first block of each warp to L2. By globaltimer at 1 x 8192 in a graph,
+// from the end of that kernel: the first blocks are asked for after 2.3 us instead of 3.9, and in the loop's end 9.7 us
+// have passed instead of 11. With neither, the plan alone, and both (teams of 4): 1 x 1024 8.7, 7.9, 8.2 us; 1 x
+// 8192 17.7, 16.5, 15.9; 32 x 2048 67.5, 66.0, 65.0; 28 and 4 heads 1 x 8192 16.0, 14.5, 14.3; 8 x 512 with 9 and 3
+// heads of 64 9.7, 8.1, 8.1. Two blocks instead of one are slower there (1 x 8192: 16.6), and so is one where a warp
+// has no more than its slots hold (1 x 1024) or a batch-invariant sequence is alone: late CTAs wait for the page.
+// Filling the slots from guessed pages, to be checked once they are under way, gains nothing: the check waits behind
+// them (1 x 1024: 8.2
+// -> 8.7 us). Teams of 1, 2 and 4, with the plan ahead: 1 x 8192 15.1, 15.9, 16.1 us; 1 x 32768 39.6, 37.6, 39.4; 28
+// and 4 heads 1 x 8192 16.4, 12.7, 14.5; 1 x 131072 126.7, 126.7, 133.8.
+//
 // Tried: the first keys of the next run to L2 while one begins (134 -> 137 us, batch-invariant 265 -> 284 at 32 x
 // 8192); teams for few sequences (24 items of 512 keys: 9.0 -> 7.4 us if equally long, 12.5 -> 15.3 if not); a stretch
 // for each warp, with one pipeline from item to item. It served short items (32 x 32 heads x 128 keys: 26 us for 32),
-// but cost instructions in the loop, which 8-bit caches have none to spare of (32 x 8192: 176 us for 150).
+// but cost instructions in the loop, which 8-bit caches have none to spare of (32 x 8192: 176 us for 150); tiles of 48
+// query rows, whose warps share the keys of all (48 heads, 1 KV head, 32 x 2048: 30 to 33 us for 27: it reads keys
+// once, in 8 us of loop for 17, but one CTA's merge of 48 rows of 8 parts takes 12); teams of 2 for 128 items, each a
+// whole number of them (38.2 -> 35.9 us if equally long; 24 items that are not 12.5 -> 16.1).
 #pragma once
 
 #include "attention_math.cuh"
@@ -52,11 +70,11 @@ namespace pagedkv {
 constexpr int kRowTile = 16;
 constexpr int kBlockKeys = 16;
 constexpr int kFullShift = 4;    // a second CTA on a multiprocessor is worth its part of a merge from 16 blocks each
-constexpr int kFewBlocks = 128;  // a sequence alone, which can be so long: teams of 16; up to kManyBlocks, of 4
+constexpr int kFewBlocks = 128;  // a sequence alone, which can be so long: teams of 16; up to kManyBlocks, of 2
 constexpr int kManyBlocks = 4096;
 constexpr int kWholeBlocks = 16;  // items of at most this many blocks are never split by the planned mode
 constexpr int kRestart = 32;      // blocks that a CTA would do while it starts another run
-constexpr int kHead = 16;         // blocks' worth of starting with an item, where they differ in length
+constexpr int kHead = 16;         // 16-bit blocks' worth of starting with an item, where they differ in length
 constexpr int kSoloSlack = 17;    // sixteenths: the longest of even shares of whole items, to their mean
 constexpr int kInvariant = -1;    // in place of a number of splits
 
@@ -91,22 +109,26 @@ struct Plan {
   int team_shift;   // log2 of a team's CTAs, which are a cluster
   int least_teams;  // planned mode: as many that the device is full; more of them only for 1 << full_shift blocks each
   int full_shift;
-  int splits;      // 0: planned
-  bool invariant;  // fixed mode, partitions by the length of a sequence alone
-  bool solo;       // planned mode: warps may have stretches of their own
-  bool fill;       // rows that see no key are this kernel's to fill
-  bool ahead;      // the first keys and values come to L2 while the kernel in front still runs
+  int head = kHead;  // kHead in blocks of this cache
+  int splits;        // 0: planned
+  bool invariant;    // fixed mode, partitions by the length of a sequence alone
+  bool solo;         // planned mode: warps may have stretches of their own
+  bool fill;         // rows that see no key are this kernel's to fill
+  bool ahead;        // the first keys and values come to L2 while the kernel in front still runs
 };
 
 // How many teams of 1 << i CTAs of a kernel the device runs at once; 0: none of that size.
 using Teams = std::array<int, 5>;
+
+// Integers that are 0 when a kernel in this stream starts, and that it has to leave so.
+int* take_counters(cudaStream_t stream);
 
 // Allocates the workspace in `like`'s caching allocator; `dim` is the row length of a partial result. The returned
 // tensor keeps it alive: the caller may drop it once the kernel is enqueued, since the allocator is stream-ordered.
 Tensor make_plan(const AttentionParams& p, int dim, int num_splits, const Teams& most, const Tensor& like, Plan& plan);
 
 // Rows of `out` that no sequence owns or that see no key become 0, their lse -inf; `out_size` is the size of an element
-// of `out`. For kernels without a plan: those with one do so themselves. Also 0 into `next_item`, where there is one.
+// of `out`. For kernels that do not do so themselves.
 void launch_fill(const AttentionParams& p, int out_size, cudaStream_t stream);
 
 struct Device {
@@ -217,6 +239,14 @@ __device__ __forceinline__ SeqSize seq_size(const AttentionParams& p, const Sequ
   const int len = max(0, from.seq_lens[seq]);
   return {len, readable_keys(p, len), max(0, min(from.query_len[seq], p.max_query_len))};
 }
+__device__ __forceinline__ SeqSize seq_size(const AttentionParams& p, int seq) {
+  return seq_size(p, Sequences(p), seq);
+}
+// Rows of `out` that are known to see a key; none is counted twice: sequences own disjoint rows.
+__device__ __forceinline__ int seeing_rows(const AttentionParams& p, const SeqSize& w, int start) {
+  const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
+  return all_see && start >= 0 && start <= p.num_tokens - w.tokens ? w.tokens : 0;
+}
 __device__ __forceinline__ SeqWork seq_work(const AttentionParams& p, const Plan& plan, const Sequences& from,
                                             int seq) {
   SeqWork w{seq_size(p, from, seq)};
@@ -279,7 +309,7 @@ struct Run {
 
 struct Totals {
   int units, items;
-  int rows;     // rows of `out` that are known to see a key (none is counted twice: sequences own disjoint rows)
+  int rows;     // of `out`, that are known to see a key
   int longest;  // blocks of the longest item
 };
 
@@ -314,7 +344,7 @@ __device__ __forceinline__ int team_of(const PlanScratch& s, int unit) {
   return team;
 }
 
-// Begins a kernel: all threads call it. Into L2 while the kernel in front still runs: the lengths, the pages if few.
+// Into L2 while the kernel in front still runs: the lengths, the pages if few. All threads call it first.
 __device__ __forceinline__ void prefetch_planned(const AttentionParams& p, const Plan& plan) {
   auto prefetch = [](const int* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); };
   release_next();
@@ -323,6 +353,7 @@ __device__ __forceinline__ void prefetch_planned(const AttentionParams& p, const
   if (p.num_seqs > 0 && threadIdx.x < 3)
     prefetch(threadIdx.x == 0 ? p.seq_lens : threadIdx.x == 1 ? p.query_len : p.query_start);
 }
+// Begins a kernel: all threads call it.
 __device__ __forceinline__ void begin_planned(const AttentionParams& p, const Plan& plan) {
   prefetch_planned(p, plan);
   wait_for_previous();
@@ -381,8 +412,7 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
       const int items = w.row_tiles * p.num_kv_heads;
       mine.units += items * w.blocks, mine.items += items, mine.longest = max(mine.longest, w.blocks);
     }
-    const bool all_see = w.tokens <= w.keys && w.keys == w.len && (p.causal || p.window == 0);
-    if (all_see && start >= 0 && start <= p.num_tokens - w.tokens) mine.rows += w.tokens;
+    mine.rows += seeing_rows(p, w, start);
   }
   int upto = mine.units, items_upto = mine.items;  // inclusive prefix sums
   Totals total = mine;
@@ -412,10 +442,14 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
   if (plan.splits == 0 && all > 0) {
     used = min(used, max(plan.least_teams, all >> plan.full_shift));
     if (total.longest * total.items == all) {
-      const int even = used - used % total.items;
+      int even = used - used % total.items;  // whole stretches in each item, or whole items in each stretch
+      if (even == 0) {
+        const int each = (total.items - 1) / used + 1;
+        even = total.items % each == 0 ? total.items / each : 0;
+      }
       if (even > 0 && all / even - all / used <= kRestart << plan.team_shift) used = even;
     } else if (total.items < 1 << 26) {  // 32 bits hold what they cost, too
-      head = min(kHead, all / used / 2);
+      head = min(plan.head, all / used / 2);
       all += head * total.items, upto += head * items_upto, mine.units += head * mine.items;
     }
   }
@@ -535,10 +569,18 @@ __device__ __forceinline__ Stretch plan_stretch(const AttentionParams& p, const 
   return plan_stretch<kSolo>(p, plan, shared, Sequences(p));
 }
 
+// Whether all rows are known to see a key. All lanes of a warp call.
+__device__ __forceinline__ bool all_rows_see(const AttentionParams& p) {
+  int rows = 0;
+#pragma unroll 4
+  for (int s = threadIdx.x % 32; s < p.num_seqs; s += 32) rows += seeing_rows(p, seq_size(p, s), p.query_start[s]);
+  return int(__reduce_add_sync(0xffffffffu, rows)) == p.num_tokens;
+}
+
 // Rows `step` apart from `first`, those that see no key: 0, and -inf in lse. All lanes of a warp call.
 __device__ __forceinline__ void fill_rows(const AttentionParams& p, int out_size, int64_t first, int64_t step) {
   auto sees_a_key = [&](int seq, int64_t row) {
-    const SeqSize w = seq_size(p, Sequences(p), seq);
+    const SeqSize w = seq_size(p, seq);
     const int64_t token = row - p.query_start[seq];
     if (token < 0 || token >= w.tokens) return false;
     const KeyRange r = visible_keys(p, w.len - w.tokens + int(token), w.keys);

@@ -3,24 +3,28 @@
 // reshape_and_cache  a group of lanes a (token, head), eight elements a lane, K and V in the same thread so that both
 //                    loads are in flight; the scale of a quantised row is reduced over the group.
 // copy_blocks        one grid of (pair, 16 KiB piece) x cache; the caches' pointers travel in the kernel's parameters.
-// swap_blocks        on one GPU, and between a GPU and pinned (mapped) host memory, one kernel a 200 pairs, which
-// travel
-//                    in its parameters: nothing has to outlive the call, and small blocks do not pay a copy command
-//                    each. Runs of adjacent blocks that are long go to the copy engine instead, and so does everything
-//                    whose host side is pageable (which is synchronous with the host, as CUDA defines it) or on another
-//                    GPU.
+// swap_blocks        on one GPU, and between a GPU and pinned (mapped) host memory, one kernel with the pairs in its
+//                    parameters (200, or 2000 where the driver takes as many): nothing has to outlive the call, and
+//                    small blocks do not pay a copy command each. Runs of adjacent blocks that are long go to the copy
+//                    engine instead, and so does everything whose host side is pageable (which is synchronous with the
+//                    host, as CUDA defines it) or on another GPU.
 // gather_cache       a block owns 8 output tokens, finds their sequences in the (out_start, seq_lens) list, and copies;
 //                    rows of no sequence become 0 in the same pass.
 //
 // Floor: bytes read and written / 4.28 TB/s; host transfers 55 GB/s each way (PCIe 5 x16).
 //
 // Both ways at once, H200, 1024 scattered blocks of 32 KiB each way (GB/s, both together; beside products that fill the
-// GPU): one long copy each way, by the copy engines, 99 (98); these kernels 56 (30: they wait for an SM); a
-// cudaMemcpyBatchAsync each way 45 (43: 0.4 us of the host and 1 us of the engine a block; it takes neither the legacy
-// default stream nor a capture), 77 with blocks of 128 KiB; a cudaMemcpyAsync a block 13. Kernels of one-warp blocks
-// with 32 registers, which fit beside a matrix product: 64 (64) with 132 blocks reading and 64 writing, 76 to 79 (38 to
-// 49) with 12 to 16 writing: fewer posted writes leave reads their way. Bulk copies through shared memory reach the
-// same 79, but find no room beside a product (22 to 38).
+// GPU): one long copy each way, by the copy engines, 101 (101). These kernels, blocks of one warp with 32 registers,
+// which fit beside a matrix product: 81 (79), each way alone 52 (45 out of the GPU, 49 into it). Posted writes that
+// wait for the bus hold up the requests of reads, so those that write keep below its rate while others read: at 40 GB/s
+// 79, 43 81, 45 76, 47 70, 49 69, as fast as they can 66. A write of 128 bytes and the request of such a read have 24
+// more each, which leaves little above 41 GB/s each way. Tried: fewer warps that write instead (12 to 16: 80, but 40 to
+// 45 beside products; 32: 70, 72), their sources prefetched into L2 (no better), 200 or 264 warps that read (80, but 38
+// to 78 beside products), a stream of high priority (no better), a cudaMemcpyBatchAsync each way (46 (44), 59 (55) in
+// four streams each way: 1 us of the engine a block, 0.4 of the host; it takes neither the legacy default stream nor a
+// capture), one way by it and one by these kernels (52 to 62), a cudaMemcpyAsync a block (13), bulk copies through
+// shared memory (79, but 22 to 38 beside products, where they find no room), a launch for each 200 pairs (34 beside
+// products: each waits for its SMs).
 #include "quantize.cuh"
 
 namespace pagedkv {
@@ -242,51 +246,84 @@ __global__ void __launch_bounds__(kBlock) copy_kernel(const __grid_constant__ Co
 struct SwapPair {
   int64_t from, to;
 };
-struct SwapParams {
-  static constexpr int kPairs = 200;
+struct SwapCall {
   const char* src;
   char* dst;
   int64_t bytes;   // of a block
   Divisor pieces;  // of a block
-  int width;
-  int count;  // of pairs
+  int count;       // of pairs
+  int interval;    // ns from a piece of a warp to its next, see host_swap_kernel
+};
+template <int kPairs>
+struct SwapParams : SwapCall {
   SwapPair pairs[kPairs];
 };
-static_assert(sizeof(SwapParams) <= 4096);
+// Parameters of any GPU and driver, and of drivers since CUDA 12.1.
+constexpr int kPairs = 200, kMostPairs = 2000;
+static_assert(sizeof(SwapParams<kPairs>) <= 4096 && sizeof(SwapParams<kMostPairs>) <= 32764);
 
-__global__ void __launch_bounds__(kBlock) swap_kernel(const __grid_constant__ SwapParams p) {
+__global__ void __launch_bounds__(kBlock)
+    swap_kernel(const __grid_constant__ SwapParams<kPairs> p, const __grid_constant__ int width) {
   begin_kernel();
   const Quotient at = divide(int64_t(blockIdx.x), p.pieces);
   const SwapPair pair = p.pairs[at.q];
-  copy_piece<kBlock>(p.src + pair.from * p.bytes, p.dst + pair.to * p.bytes, p.bytes, at.r, p.width);
+  copy_piece<kBlock>(p.src + pair.from * p.bytes, p.dst + pair.to * p.bytes, p.bytes, at.r, width);
 }
 
-// Over the bus: a few blocks of one warp, with few registers.
-template <class W>
-__global__ void __maxnreg__(32) host_swap_kernel(const __grid_constant__ SwapParams p) {
+__device__ int host_readers;  // warps that read the host's memory just now
+
+__device__ __forceinline__ uint64_t nanoseconds() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
+// Over the bus: blocks of one warp, with few registers. While others read, those that write keep below the bus's rate:
+// posted writes that wait for it hold up the requests of reads.
+template <class W, int kPairs, bool kOut>
+__global__ void __maxnreg__(32) host_swap_kernel(const __grid_constant__ SwapParams<kPairs> p) {
   begin_kernel();
   const int pieces = int(p.pieces.d);
+  if (!kOut && threadIdx.x == 0) atomicAdd(&host_readers, 1);
+  uint64_t next = nanoseconds() + uint64_t(p.interval) * blockIdx.x / gridDim.x;
   int pair = 0;
   for (int piece = blockIdx.x;; piece += gridDim.x) {
     for (; piece >= pieces; piece -= pieces) ++pair;
-    if (pair >= p.count) return;
+    if (pair >= p.count) break;
+    if (kOut) {
+      while (*const_cast<volatile int*>(&host_readers) > 0 && int64_t(nanoseconds() - next) < 0) {
+      }
+      next = max(next, nanoseconds() - p.interval) + p.interval;
+    }
     copy_piece<32, W>(p.src + p.pairs[pair].from * p.bytes, p.dst + p.pairs[pair].to * p.bytes, p.bytes, piece);
+  }
+  if (!kOut && threadIdx.x == 0) atomicAdd(&host_readers, -1);
+}
+
+template <int kPairs, bool kOut>
+auto host_swap(int width) -> void (*)(SwapParams<kPairs>) {
+  switch (width) {
+    case 16:
+      return host_swap_kernel<uint4, kPairs, kOut>;
+    case 8:
+      return host_swap_kernel<uint2, kPairs, kOut>;
+    case 4:
+      return host_swap_kernel<uint32_t, kPairs, kOut>;
+    case 2:
+      return host_swap_kernel<uint16_t, kPairs, kOut>;
+    default:
+      return host_swap_kernel<uint8_t, kPairs, kOut>;
   }
 }
 
-using SwapKernel = void (*)(SwapParams);
-SwapKernel host_swap(int width) {
-  switch (width) {
-    case 16:
-      return host_swap_kernel<uint4>;
-    case 8:
-      return host_swap_kernel<uint2>;
-    case 4:
-      return host_swap_kernel<uint32_t>;
-    case 2:
-      return host_swap_kernel<uint16_t>;
-    default:
-      return host_swap_kernel<uint8_t>;
+// All pairs, as many as parameters hold at a time: launch(parameters).
+template <int kPairs, class F>
+void each_pairs(const SwapCall& call, const SwapPair* map, int64_t pairs, F&& launch) {
+  SwapParams<kPairs> p{call};
+  for (int64_t first = 0; first < pairs; first += kPairs) {
+    p.count = int(std::min(pairs - first, int64_t(kPairs)));
+    std::copy(map + first, map + first + p.count, p.pairs);
+    launch(p);
   }
 }
 
@@ -451,25 +488,33 @@ void swap_blocks_cuda(Tensor src, Tensor dst, Tensor block_mapping) {
           cudaMemcpyAsync(to + r.to * bytes, from + r.from * bytes, r.blocks * bytes, cudaMemcpyDefault, stream));
     return;
   }
-  SwapParams p{};
-  p.src = kernel_from;
-  p.dst = kernel_to;
-  p.bytes = bytes;
-  p.pieces = int64_t(ceil_div(bytes, both ? kPiece<kBlock> : kPiece<32>));
-  p.width = word_width(kernel_from, kernel_to, bytes);
-  // Warps that saturate the bus: writes are posted, and more of them in flight than needed hold up reads the other way.
-  int warps = 0;
+  SwapCall call{kernel_from, kernel_to, bytes, int64_t(ceil_div(bytes, both ? kPiece<kBlock> : kPiece<32>))};
+  const int width = word_width(kernel_from, kernel_to, bytes);
+  if (both)
+    return each_pairs<kPairs>(call, map, pairs, [&](const SwapParams<kPairs>& p) {
+      launch_kernel(swap_kernel, unsigned(p.count * p.pieces.d), kBlock, 0, stream, p, width);
+    });
+  // Warps that saturate the bus, also beside a matrix product. Beside reads, so many GB/s: of a bus's 55 each way, 43
+  // leave reads 41, 47 leave them 36.
+  constexpr double kPace = 42;
+  int warps = 0, driver = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&warps, cudaDevAttrMultiProcessorCount, device.get_device_index()));
-  if (src.is_cuda()) warps /= 2;
-  for (int64_t first = 0; first < pairs; first += SwapParams::kPairs) {
-    const int64_t count = std::min(pairs - first, int64_t(SwapParams::kPairs));
-    std::copy(map + first, map + first + count, p.pairs);
-    p.count = int(count);
-    if (both)
-      launch_kernel(swap_kernel, unsigned(count * p.pieces.d), kBlock, 0, stream, p);
-    else
-      launch_kernel(host_swap(p.width), unsigned(std::min<int64_t>(count * p.pieces.d, warps)), 32, 0, stream, p);
-  }
+  STD_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  const bool out = src.is_cuda();
+  if (out) warps = std::max(1, warps / 2);
+  const auto go = [&]<int kPairs>(std::integral_constant<int, kPairs>) {
+    each_pairs<kPairs>(call, map, pairs, [&](SwapParams<kPairs>& p) {
+      const int grid = int(std::min<int64_t>(p.count * p.pieces.d, warps));
+      p.interval = int(double(kPiece<32>) * grid / kPace);
+      launch_kernel((out ? host_swap<kPairs, true> : host_swap<kPairs, false>)(width), unsigned(grid), 32, 0, stream,
+                    p);
+    });
+  };
+  // One launch, where it can be: each waits for its SMs beside a product that fills the GPU.
+  if (pairs > kPairs && driver >= 12010)
+    go(std::integral_constant<int, kMostPairs>());
+  else
+    go(std::integral_constant<int, kPairs>());
 }
 
 }  // namespace pagedkv

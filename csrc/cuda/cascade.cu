@@ -71,7 +71,6 @@ struct Groups {
   int* query_start;
   int* query_len;
   RowGroup* rows;  // [S]
-  int* next_item;  // for the prefill kernel
 
   __host__ __device__ int piece_sequences() const { return count * pieces; }
 };
@@ -133,7 +132,6 @@ __global__ void __launch_bounds__(kThreads)
     plan_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Groups groups, Unit* copies,
                 int row_units, int head_units, int element) {
   const int sequence = blockIdx.x, row = sequence - groups.piece_sequences();
-  if (sequence == 0 && threadIdx.x == 0) *groups.next_item = 0;
   if (row < p.num_seqs) {
     int source, first, keys, query_start, query_len;  // a row of the table, its keys, the queries
     if (row < 0) {
@@ -317,13 +315,12 @@ Pair paged_attention_cascade_cuda(Tensor query, Tensor key_cache, Tensor value_c
   const int64_t at_states = arena.take(states * state_bytes), at_copies = arena.take(groups.copies * copy_bytes);
   const int64_t at_lses = arena.take(states * state_rows * int64_t(sizeof(float)));
   const int64_t at_rows = arena.take(p.num_seqs * int64_t(sizeof(RowGroup)));
-  const int64_t at_ints = arena.take((3 * sequences + 1) * int64_t(sizeof(int)));
+  const int64_t at_ints = arena.take(3 * sequences * int64_t(sizeof(int)));
   const int64_t at_tables = arena.take(sequences * p.max_blocks * int64_t(sizeof(int)));
   Tensor workspace = torch::stable::new_empty(query, {arena.bytes}, ScalarType::Byte);
   uint8_t* const base = static_cast<uint8_t*>(workspace.mutable_data_ptr());
   groups.rows = reinterpret_cast<RowGroup*>(base + at_rows);
-  groups.next_item = reinterpret_cast<int*>(base + at_ints);
-  groups.seq_lens = groups.next_item + 1;
+  groups.seq_lens = reinterpret_cast<int*>(base + at_ints);
   groups.query_start = groups.seq_lens + sequences;
   groups.query_len = groups.query_start + sequences;
   groups.tables = reinterpret_cast<int*>(base + at_tables);
@@ -357,14 +354,15 @@ Pair paged_attention_cascade_cuda(Tensor query, Tensor key_cache, Tensor value_c
   prefix.q = base + at_copies;
   prefix.q_stride_t = int64_t(p.num_heads) * p.head_dim, prefix.q_stride_h = p.head_dim;
   prefix.out = base + at_states, prefix.lse = reinterpret_cast<float*>(base + at_lses);
-  prefix.next_item = groups.next_item;
   // All rows see all of it.
   prefix.causal = false, prefix.sinks = nullptr;
   prefix.window = 0;
-  if (decodes)
+  if (decodes) {
     decode(prefix);
-  else
+  } else {
+    prefix.filled = true;  // rows without a group are not merged
     launch_prefill(prefix, dtype, kv, stream);
+  }
   if (!joined) decode(rest);
   const int64_t blocks = std::min<int64_t>((state_rows + 7) / 8, 16 * int64_t(current_device().sms));
   dispatch_cuda(dtype, op, [&](auto tag) {

@@ -1,7 +1,7 @@
 // int4_repack, int4_dequantize, int4_linear (contract: torch_pagedkv/ops/int4.py; layout: int4.h).
 //
 // Repacking and dequantising are one thread an output word or weight: they run once, when a model is loaded.
-// int4_linear in 16 bits is int4_mma.cu's, int4_wgmma.cu's and int4_many.cu's; here are its preparation (a permuted or
+// int4_linear in 16 bits is int4_mma.cu's, int4_few.cu's and int4_many.cu's; here are its preparation (a permuted or
 // oddly aligned x is copied into rows padded with zeros) and the float32 kernel, which has no tensor cores to go to: a
 // lane owns an output, the warps of a CTA take its words in turn, and their sums are added up in order.
 #include <algorithm>
@@ -324,9 +324,11 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
   }
   const auto on_many = x.scalar_type() == ScalarType::Half ? launch_int4_many<__half> : launch_int4_many<__nv_bfloat16>;
   if (narrow && p.m >= kInt4Many && on_many(p, input, stream)) return y;
-  const auto on_wgmma =
-      x.scalar_type() == ScalarType::Half ? launch_int4_wgmma<__half> : launch_int4_wgmma<__nv_bfloat16>;
-  if (narrow && p.m >= kInt4Wgmma && on_wgmma(p, input, stream)) return y;
+  const auto on_few = x.scalar_type() == ScalarType::Half ? launch_int4_few<__half> : launch_int4_few<__nv_bfloat16>;
+  if (narrow && p.m >= kInt4Few && on_few(p, stream)) return y;
+  const auto on_packed =
+      x.scalar_type() == ScalarType::Half ? launch_packed_wgmma<__half> : launch_packed_wgmma<__nv_bfloat16>;
+  if (narrow && p.offsets && p.m >= kPackedWgmma && p.m < kPackedExpand && on_packed(p, false, input, stream)) return y;
   if (narrow && (p.m >= (p.offsets ? kInt4ExpandOffsets : kInt4Expand) || p.k == 0)) {
     if (p.k > 0)
       expand(p, input, bias, y, stream), p.bias = nullptr;

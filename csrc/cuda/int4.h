@@ -119,7 +119,7 @@ struct Int4Device {
 const Int4Device& int4_device();  // the current one
 
 // From so many rows on, Hopper's products, where they can be and pay.
-constexpr int kInt4Wgmma = 9;
+constexpr int kInt4Few = 9;
 // From so many rows on, weights in 16 bits and cuBLAS.
 constexpr int kInt4Expand = 128, kInt4ExpandOffsets = 65;
 
@@ -128,13 +128,17 @@ template <class T>
 void launch_int4_mma(const Int4Params& p, cudaStream_t stream);
 template <class T>
 void launch_int8_mma(const Int4Params& p, cudaStream_t stream);  // of 8 bits; int8_mma.cu
-// Hopper's, for many rows: false where it cannot. `like`: a tensor on the device. Units of int4_wgmma.cu.
+// Hopper's, for up to 64 rows: false where it cannot, or does not pay. Units of int4_few.cu.
 template <class T>
-bool launch_int4_wgmma(const Int4Params& p, const Tensor& like, cudaStream_t stream);
-// The same for more rows, kInt4Many and up. Units of int4_many.cu.
+bool launch_int4_few(const Int4Params& p, cudaStream_t stream);
+// The same for more rows, kInt4Many and up. `like`: a tensor on the device. Units of int4_many.cu.
 template <class T>
 bool launch_int4_many(const Int4Params& p, const Tensor& like, cudaStream_t stream);
 constexpr int kInt4Many = 65;
+// Hopper's for weights of 8 bits (bytes), and those of 4 with offsets; false where it cannot. Units of packed_wgmma.cu.
+template <class T>
+bool launch_packed_wgmma(const Int4Params& p, bool bytes, const Tensor& like, cudaStream_t stream);
+constexpr int kPackedWgmma = 17, kPackedExpand = 1536;  // from so many rows on, and up to those
 // Whether they can read x as it is: rows of whole slices, in 16-byte vectors.
 inline bool int4_reads(const void* x, int64_t x_stride, int64_t k) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0 && k % kInt4Block == 0;

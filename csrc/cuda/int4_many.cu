@@ -1,7 +1,7 @@
 // int4_linear for many rows (65 and more) of 16-bit activations on Hopper's tensor cores (wgmma, sm_90a).
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
 //
-// Weights with offsets, float32 scales and odd sizes stay with int4_wgmma.cu, int4_mma.cu or int4.cu.
+// Weights with offsets, float32 scales and odd sizes stay with int4_mma.cu or int4.cu.
 //
 // Algorithm: y^T = W x^T, W from registers as the A operand, x from shared memory as B. A tile is 128 outputs and kRows
 // rows, 256 or 128. Warpgroups:

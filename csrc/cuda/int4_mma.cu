@@ -1,8 +1,8 @@
 // int4_linear for 16-bit activations on tensor cores (mma.sync m16n8k16, float32 sums), sm_80 and later.
 // units: PAGEDKV_TYPE=__half,__nv_bfloat16
 //
-// From kInt4Wgmma rows on, int4_wgmma.cu takes over where it can and pays; where not, int4.cu turns to cuBLAS from
-// kInt4Expand on.
+// Hopper has int4_few.cu from kInt4Few rows on where it can be and pays, and int4_many.cu from kInt4Many on; where not,
+// int4.cu turns to cuBLAS from kInt4Expand on.
 //
 // Algorithm: y^T = W x^T, so that weights are the 16 rows of a product and few rows of x fill its 8 columns. Of a slice
 // of 32 inputs and 32 outputs a lane's words are 16 consecutive bytes and a warp's 512, and they are its fragments of W
@@ -10,7 +10,8 @@
 // has 32 outputs, 8, 16 or 32 rows and a run of K; warps of a CTA with the same outputs are added up in order at the
 // end. All orders are fixed by the shapes: equal calls give equal bits. With 8 or 16 rows a CTA stays, walks over
 // blocks of outputs, the ring of loads running on from one to the next, and the launch overlaps with the kernel in
-// front: its first weights are asked into L2 before that one is done. A nibble becomes a number by
+// front: the ring is filled before that one is done, for no kernel that overlaps writes weights (11.9 us for 14336 x
+// 4096 and 21.2 for 28672 x 4096 where L2 alone was asked for them, 10.6 and 20.0 so). A nibble becomes a number by
 //
 //     0x6400 | q is the half 1024 + q        0x4300 | q is the bfloat16 128 + q
 //     0x5400 | q << 4 is the half 64 + q
@@ -129,10 +130,6 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
   };
   set_block();
   release_next();
-  // What the ring will ask for first, into L2: runs of K are consecutive bytes, a line for each lane.
-  if (lane * 8 < min(kRing, (end - begin) * kStep) * kSliceWords)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(words - (t * 8 + g) + lane * 8));
-  wait_for_previous();
   uint4 ring[kRing];
   Raw<kRead, kOffsets> raw[kSteps];
   auto fetch_words = [&](int i, bool more) {
@@ -181,6 +178,7 @@ __global__ void __launch_bounds__(32 * most_warps(kTiles))
     fetch_factors(i, i < all);
   }
 
+  wait_for_previous();
   const int64_t first_row = int64_t(blockIdx.y) * (8 * kTiles), rows_left = p.m - first_row;
   const T* const x_first =
       static_cast<const T*>(p.x) + (first_row + g) * p.x_stride + int64_t(begin) * kStep * kSlice + 8 * t;
@@ -313,7 +311,7 @@ void launch(const Int4Params& p, cudaStream_t stream) {
   // the SMs at work, then as many runs of K as all run at once.
   int warps_n = 1, warps_k = 1;
   if constexpr (kTiles <= 2) {
-    const int most = blocks > sms ? kMost / 2 : kMost;
+    const int most = blocks * rows > sms ? kMost / 2 : kMost;
     while (2 * warps_k <= most && 2 * warps_k <= steps) warps_k *= 2;
     while (2 * warps_n * warps_k <= most && blocks >= 2 * warps_n * sms) warps_n *= 2;
   } else {

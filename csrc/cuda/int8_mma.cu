@@ -23,8 +23,8 @@
 //     32 rows     16.8 (12.9)   17.5 (15.7)   28.7 (30.4)   39.5 (32.2)   51.9 (56.8)    6.2 (4.4)
 //     64 rows     25.8 (11.2)   27.1 (15.8)   44.0 (33.0)   64.4 (35.0)   81.3 (60.6)    9.1 (4.9)
 //
-// From 65 rows on int8.cu expands W and calls cuBLAS, which is no slower then. Between 17 and 64 rows small layers lose
-// to cuBLAS: each 8 rows more of 28672 x 4096 take 7 us, the products do not hide behind the copies.
+// On Hopper more than 16 rows are packed_wgmma.cu's, where it can. Else, from 65 rows on int8.cu expands W and calls
+// cuBLAS, which is no slower then. Each 8 rows more of 28672 x 4096 take 7 us here: products do not hide behind copies.
 //
 // Tried, up to 16 rows: blocks of 16 outputs, which share out more evenly, in loads of 8 bytes (9.4 for 4096 x 4096 at
 // 1 row, 27.0 for 14336 x 4096); 8 or 4 warps a CTA (no better at 1 row but for 6144 x 4096); 32 warps an SM with two

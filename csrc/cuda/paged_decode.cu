@@ -47,27 +47,22 @@ void launch(const AttentionParams& p, int element, int num_splits, const Tensor&
   access.wide = p.head_dim * element % 16 == 0 && wide(p.k, p.k_stride_block, p.k_stride_t, p.k_stride_h) &&
                 wide(p.v, p.v_stride_block, p.v_stride_t, p.v_stride_h);
   Plan plan;
+  plan.head = kHead * 2 / element;
   const Tensor workspace = make_plan(p, part_row<kDim>, num_splits, config.teams, like, plan);
   access.by_step = Divisor(16 * config.warps << plan.team_shift);
   launch_planned(kKernel, plan, 32 * config.warps, config.bytes, stream, p, plan, access);
 }
 
-template <class T, KVType kKV, int kDim, int kTiles, bool kMany>
+template <class T, KVType kKV, int kDim, int kTiles>
 void launch_quantized(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
-  constexpr auto kKernel = paged_decode_quantized_kernel<T, kKV, kDim, kTiles, kMany>;
-  launch<kKernel, QuantizedLayout<kDim, kTiles, kMany>, kDim>(p, 1, num_splits, like, stream);
+  constexpr auto kKernel = paged_decode_quantized_kernel<T, kKV, kDim, kTiles>;
+  launch<kKernel, QuantizedLayout<kDim, kTiles>, kDim>(p, 1, num_splits, like, stream);
 }
 template <class T, KVType kKV, int kDim>
 void launch_quantized(const AttentionParams& p, int num_splits, const Tensor& like, cudaStream_t stream) {
-  using L = QuantizedLayout<kDim, 1, false>;
   const int64_t rows = int64_t(p.max_query_len) * (p.num_heads / p.num_kv_heads);
-  if (rows > 8) return launch_quantized<T, kKV, kDim, 2, false>(p, num_splits, like, stream);
-  if constexpr (L::kFits) {
-    // More items than CTAs with deep pipelines: each has several, and others must work while it starts one.
-    if (int64_t(p.num_seqs) * p.num_kv_heads > L::kResident * current_device().sms)
-      return launch_quantized<T, kKV, kDim, 1, true>(p, num_splits, like, stream);
-  }
-  launch_quantized<T, kKV, kDim, 1, false>(p, num_splits, like, stream);
+  const auto launch_tiles = rows > 8 ? launch_quantized<T, kKV, kDim, 2> : launch_quantized<T, kKV, kDim, 1>;
+  launch_tiles(p, num_splits, like, stream);
 }
 
 }  // namespace

@@ -34,20 +34,21 @@
 // Floor: bytes of K, V and scales / memory bandwidth (4.28 TB/s on an H200): 129 us at 32 x 8192. Per 16 keys of 128
 // dimensions and a warp: 343 instructions, 627 in paged_decode.cuh's form, with a part of 90 of the copies (190 before:
 // half a warp copies 8 keys, so a lane needs one page; what a lane keeps is kept from being computed again, 42 fewer).
-// Measured, us, int8, 2 CTAs of 5 slots a warp and 4 CTAs of 2, in one process: 32 x 8192 134 and 137 (bf16 247.5), 32
-// x 4096 70.0 and 71.6, 32 heads 32 x 2048 141.5 and 139.4, 64 ragged of 2048 99 and 82. 3 CTAs of 3: 140.5, 75, 141,
-// 90. Without computing, 132 at 32 x 8192 and 126 without the scales; with scales [head, token], 132.1 for 132.4. L2
-// fetching 256 bytes at a time reads other heads for nothing: 192 for 141.5 with 32 heads.
-// Beside caches of bfloat16 in one run, us, int8 and fp8: 32 x 8192 135 and 137 (247), 32 x 4096 71 and 71.5 (128), 32
-// heads 32 x 2048 146 (244, whose warps are on their own there: not tried here with as many items), 64 ragged 89 and 87
-// (144.5), Gemma-2-9B 32 x 2048 69 (131).
+// Without computing, 132 us at 32 x 8192 and 126 without the scales; with scales [head, token], 132.1 for 132.4. L2
+// fetching 256 bytes at a time reads other heads for nothing: 192 us for 141.5 with 32 heads.
+// Tried: 4 CTAs of 2 slots a warp for many items (128 registers, 220 bytes spilled outside of the loop). In one
+// process, us, int8, those and 2 CTAs of 5 slots: 32 heads 32 x 2048 158 and 140, x 512 52 and 42, 128 x 1024 84.6
+// and 72.4 (warps on their own all three), 64 ragged of 2048 83 and 77.5. There the price of starting with an item
+// counts: 16 units of the plan's line for it, as for caches of 16 bits, 85, 32 (the same bytes) 77.5, 64 86. 3 CTAs of
+// 3: 32 x 8192 140.5 for 134, ragged 90. Beside caches of bfloat16 in one run, us, int8: 32 x 8192 135 (247), 32 x
+// 4096 70.5 (128), 32 heads 32 x 2048 140 (243), 64 ragged 77 (132).
 #pragma once
 
 #include "paged_decode.cuh"
 
 namespace pagedkv {
 
-template <int kDim, int kTiles, bool kMany>
+template <int kDim, int kTiles>
 struct QuantizedLayout {
   static_assert(kDim % 32 == 0 && kDim <= 256 && (kTiles == 1 || kTiles == 2));
   static constexpr int kWarps = kDecodeWarps;
@@ -56,11 +57,9 @@ struct QuantizedLayout {
   static constexpr int kChunks = kDim / 16;        // 16-byte chunks of a key
   static constexpr int kTileBytes = kKeys * kDim;  // K or V
   static constexpr int kSlotBytes = 2 * kTileBytes + 2 * kKeys * 4;
-  // CTAs a multiprocessor that registers and shared memory are sized for, and the slots of a warp. kMany: more of them
-  // with fewer slots, for stretches of several runs.
-  static constexpr bool kFits = kTiles == 1 && (kDim == 96 || kDim == 128);  // whether there is such a kernel
-  static constexpr int kResident = kMany ? 4 : kDim <= 64 ? 3 : kDim * kTiles <= 256 ? 2 : 1;
-  static constexpr int kStages = kMany ? 2 : kDim <= 32 ? 6 : kDim <= 64 ? 3 : kDim <= 128 ? 5 : 3;
+  // CTAs a multiprocessor that registers and shared memory are sized for, and the slots of a warp.
+  static constexpr int kResident = kDim <= 64 ? 3 : kDim * kTiles <= 256 ? 2 : 1;
+  static constexpr int kStages = kDim <= 32 ? 6 : kDim <= 64 ? 3 : kDim <= 128 ? 5 : 3;
   static constexpr int kWarpBytes = kStages * kSlotBytes;
   static constexpr bool kQueryInRegisters = kDim * kTiles <= 256;
   static constexpr int kQueryBytes = kRows * kDim * 2;
@@ -112,16 +111,16 @@ __device__ __forceinline__ uint32_t row_at(uint32_t address, int i) {
 __device__ __forceinline__ void keep(uint32_t& x) { asm volatile("mov.b32 %0, %1;" : "=r"(x) : "r"(x)); }
 __device__ __forceinline__ void keep(const uint8_t*& x) { asm volatile("mov.b64 %0, %1;" : "=l"(x) : "l"(x)); }
 
-template <class T, KVType kKV, int kDim, int kTiles, bool kMany>
-__global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTiles, kMany>::kResident)
+template <class T, KVType kKV, int kDim, int kTiles>
+__global__ void __launch_bounds__(32 * kDecodeWarps, QuantizedLayout<kDim, kTiles>::kResident)
     paged_decode_quantized_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Plan plan,
                                   const DecodeAccess access) {
-  using L = QuantizedLayout<kDim, kTiles, kMany>;
+  using L = QuantizedLayout<kDim, kTiles>;
   using Key = KeyNumbers<kKV>;
   constexpr bool kScaledQuery = !std::is_same_v<T, __half>;
   constexpr float kWeight = 256.f, kSlack = 6.f;
   constexpr int kSteps = kDim / 16;
-  constexpr bool kSolo = L::kQueryInRegisters && !kMany;
+  constexpr bool kSolo = L::kQueryInRegisters;
 
   begin_planned(p, plan);
   extern __shared__ __align__(128) uint8_t shared[];

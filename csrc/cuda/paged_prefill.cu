@@ -1,8 +1,11 @@
 // launch_prefill: from the arguments of the op to an instantiation of paged_prefill.cuh.
+#include "attention_plan.cuh"
 #include "paged_prefill.cuh"
 
 namespace pagedkv {
 namespace {
+
+constexpr int64_t kCachedBytes = 20 << 20;  // of keys and values that the L2 cache keeps
 
 prefill::Params prepare(const AttentionParams& a, KVType kv) {
   prefill::Params p{};
@@ -18,6 +21,8 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
   p.group = a.num_heads / a.num_kv_heads;
   p.group_magic = uint32_t(((1u << 31) + p.group - 1) / p.group);
   p.row_tiles = int((int64_t(a.max_query_len) * p.group + prefill::kRows - 1) / prefill::kRows);
+  const int64_t pairs = int64_t(a.num_seqs) * a.num_kv_heads, pair_bytes = 2 * bytes * a.head_dim * a.max_query_len;
+  p.side = int(std::clamp<int64_t>(kCachedBytes / pair_bytes, 1, pairs));
   p.q_vectors =
       (reinterpret_cast<uintptr_t>(a.q) | uintptr_t(2 * a.q_stride_t) | uintptr_t(2 * a.q_stride_h)) % 16 == 0;
   p.fp8 = kv == KVType::kFp8;
@@ -25,6 +30,7 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
   const bool direct = a.softcap <= 0.f && !a.alibi_slopes && a.scale > 0.f;
   p.exp2_scale = direct ? a.scale * kLog2e : kLog2e;
   p.logit_scale = direct || a.softcap > 0.f ? 1.f : a.scale;
+  p.plain = direct;
   p.tanh_scale = a.softcap > 0.f ? a.scale / a.softcap : 0.f;
   return p;
 }
@@ -32,13 +38,18 @@ prefill::Params prepare(const AttentionParams& a, KVType kv) {
 }  // namespace
 
 void launch_prefill(const AttentionParams& a, ScalarType dtype, KVType kv, cudaStream_t stream) {
-  if (a.num_seqs == 0 || a.num_heads == 0 || a.num_tokens == 0 || a.max_query_len == 0) return;
+  if (a.num_heads == 0 || a.num_tokens == 0) return;
+  auto fill = [&] {
+    if (!a.filled) launch_fill(a, 2, stream);
+  };
+  if (a.num_seqs == 0 || a.max_query_len == 0) return fill();
   const prefill::Params p = prepare(a, kv);
   const int64_t grid = int64_t(p.row_tiles) * a.num_kv_heads * a.num_seqs;
   if (int64_t(a.max_query_len) * p.group > INT32_MAX - prefill::kRows || grid > INT32_MAX || p.group >= 1 << 15)
     fail("attention: got max_query_len ", a.max_query_len, " for ", a.num_seqs, " sequences of ", a.num_heads,
          " heads, needs fewer than 2^31 rows and tiles");
   if (prefill::launch_sm90(p, dtype, kv, stream)) return;
+  fill();
   auto launch = [&]<class T>(T) {
     const bool quantized = kv != KVType::kSame;
     const int d = a.head_dim;

@@ -25,10 +25,17 @@
 // Registers: a warp owns 16 or 32 whole rows. Lane l holds of a 16 x 8 accumulator the rows l / 4 and l / 4 + 8,
 // columns 2 (l % 4) and the next, which packed to 16 bit is the A operand of PV as it stands.
 //
-// Floor: 4 * rows * keys * head_dim flops (half of it when causal) at the 790 TFLOP/s of an H200's dense bf16; mma.sync
-// alone reaches about 60 % of that. Measured there (causal, 8k, 32/8 heads, head_dim 128): 304 TFLOP/s with all
-// exponentials in front of P V, 321 with those of the next 16 keys under its products; 1.3 instructions a clock, the
-// tensor cores busy for 47 % of the time, the commonest stall that for a fixed latency.
+// Floor: 4 * rows * keys * head_dim flops (half of it when causal). On an H200 mma.sync comes to 651 TFLOP/s from
+// registers and to 632 with an ldmatrix.x4 to 3.2 products, as here (wgmma to about 790). Measured there, causal, 32/8
+// heads of 128, pages of 16, in TFLOP/s of 2k, 8k and 32k tokens:
+//   178, 311, 329  with fragments read where they are needed
+//   198, 345, 363  one ahead of the products that take them. Without that, and as soon as registers spill, ptxas gives
+//                  all fragments of an operand the same four registers, and each ldmatrix waits for the products of the
+//                  one before.
+//   291, 358, 373  the longest rows of all heads first; head after head the last one's longest rows came last
+// A soft cap of 50 at 8k: 219, 248, 307 (with tanh.approx where no lse is asked for, as on Hopper).
+// Tried without gain: two fragments ahead, the next tile's copies behind Q K, the exponentials of 16 keys under the
+// products of the 16 before, and softmax and products in turns by two halves of a CTA's warps (290 at 8k).
 #pragma once
 
 #include <algorithm>
@@ -68,8 +75,10 @@ struct Params {
   int group;             // query heads of one KV head
   uint32_t group_magic;  // ceil(2^31 / group): floor(x / group) = (2 x magic) >> 32 for small x
   int row_tiles;         // CTAs of one sequence and KV head
+  int side;              // pairs of a sequence and a KV head whose CTAs run side by side
   bool q_vectors;        // rows of the query are aligned to 16 bytes
   bool fp8;
+  bool plain;         // logits are scaled dot products, whose scale is in exp2_scale
   float tanh_scale;   // softcap: scale / softcap
   float logit_scale;  // what a raw dot product is multiplied by before ALiBi; 1 when exp2_scale does it
   float exp2_scale;   // from the masked logits to powers of two; positive
@@ -146,10 +155,12 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
   auto& tables = *reinterpret_cast<Tables<S, kQuantized>*>(shared + S::kTablesStart);
   const AttentionParams& a = p.a;
 
-  // Which rows. The last tile of a sequence comes first: under a causal mask it is the longest.
-  const int row_tile = p.row_tiles - 1 - int(blockIdx.x % p.row_tiles);
-  const int sequence = int(blockIdx.x / p.row_tiles) / a.num_kv_heads;
-  const int kv_head = int(blockIdx.x / p.row_tiles) - sequence * a.num_kv_heads;
+  // Which rows. Pairs of a sequence and a KV head go in sections whose keys and values the L2 cache keeps. In a section
+  // the last tiles of all come first: under a causal mask they are the longest.
+  const int pairs = a.num_seqs * a.num_kv_heads, section = int(blockIdx.x / (p.side * p.row_tiles)) * p.side;
+  const int nth = int(blockIdx.x) - section * p.row_tiles, width = min(p.side, pairs - section);
+  const int row_tile = p.row_tiles - 1 - nth / width, pair = section + nth % width;
+  const int sequence = pair / a.num_kv_heads, kv_head = pair - sequence * a.num_kv_heads;
   const int query_len = a.query_len[sequence], seq_len = a.seq_lens[sequence];
   const int first_row = row_tile * kRows;
   if (query_len <= 0 || seq_len <= 0 || first_row / p.group >= query_len) return;
@@ -352,29 +363,39 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
         for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[b][n][i] = 0.f;
+      constexpr int kTiles = kKeys / 16;
+      uint32_t q[2][kBlocks][4], k[2][4];
+      auto load_q = [&](int d) {
 #pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) {
-        uint32_t q[kBlocks][4];
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
+        for (int b = 0; b < kBlocks; ++b)
           if constexpr (S::kWide) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) q[b][i] = q_registers[d][i];
+            for (int i = 0; i < 4; ++i) q[d & 1][b][i] = q_registers[d][i];
           } else {
-            ldmatrix_x4(q[b], at_column<S>(q_fragment, 2 * d) + b * 16 * S::kRowBytes);
+            ldmatrix_x4(q[d & 1][b], at_column<S>(q_fragment, 2 * d) + b * 16 * S::kRowBytes);
           }
-        }
+      };
+      auto load_k = [&](int d, int n) {
+        ldmatrix_x4(k[(d * kTiles + n) & 1], at_column<S>(k_fragment + stage, 2 * d) + n * 16 * S::kRowBytes);
+      };
+      load_q(0);
+      load_k(0, 0);
 #pragma unroll
-        for (int n = 0; n < kKeys / 16; ++n) {
-          uint32_t k[4];
-          ldmatrix_x4(k, at_column<S>(k_fragment + stage, 2 * d) + n * 16 * S::kRowBytes);
+      for (int d = 0; d < kDim / 16; ++d)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          if (n == 0 && d + 1 < kDim / 16) load_q(d + 1);
+          if (n + 1 < kTiles)
+            load_k(d, n + 1);
+          else if (d + 1 < kDim / 16)
+            load_k(d + 1, 0);
+          const auto& f = k[(d * kTiles + n) & 1];
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) {
-            mma_16816<T>(s[b][2 * n], q[b], k[0], k[1]);
-            mma_16816<T>(s[b][2 * n + 1], q[b], k[2], k[3]);
+            mma_16816<T>(s[b][2 * n], q[d & 1][b], f[0], f[1]);
+            mma_16816<T>(s[b][2 * n + 1], q[d & 1][b], f[2], f[3]);
           }
         }
-      }
 
       if constexpr (kQuantized) {
         const float* scales = tables.k_scales[tile & 1] + 2 * (lane & 3);
@@ -388,65 +409,79 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
         }
       }
 
-      // Logits that are more than a scaled dot product
-      if (a.softcap > 0.f) {
+      // Whatever the plain case lacks, behind one branch
+      uint32_t all_readable = tables.readable[tile & 3][0];
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[b][n][i] = a.softcap * tanh_fast(s[b][n][i] * p.tanh_scale);
-      } else if (p.logit_scale != 1.f) {
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[b][n][i] *= p.logit_scale;
-      }
-      const int lane_key = key0 + 2 * (lane & 3);  // of s[.][0][0]
-      if (a.alibi_slopes) {
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int row = min(row_of(b, h), rows - 1), token = token_of(row);
-            const float slope = a.alibi_slopes[kv_head * p.group + head_of(row, token)];
-            const int distance = lane_key - (shift + token);
-#pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i) s[b][n][2 * h + i] += slope * float(distance + 8 * n + i);
-          }
-      }
-
-      // Masks
-      if (key0 < all_begin || key0 + kKeys > all_end) {
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const KeyRange seen = visible_keys(a, shift + token_of(row_of(b, h)), keys);
-            const int low = seen.lo - lane_key, high = seen.hi - lane_key;
-#pragma unroll
-            for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-              for (int i = 0; i < 2; ++i)
-                if (8 * n + i < low || 8 * n + i >= high) s[b][n][2 * h + i] = kNegInf;
-          }
-      }
-#pragma unroll
-      for (int w = 0; w < kKeys / 32; ++w) {
-        const uint32_t readable = tables.readable[tile & 3][w];
-        if (readable != ~0u) {
-          const uint32_t bits = readable >> (2 * (lane & 3));
+      for (int w = 1; w < kKeys / 32; ++w) all_readable &= tables.readable[tile & 3][w];
+      const bool edge = key0 < all_begin || key0 + kKeys > all_end;
+      if (edge || !p.plain || all_readable != ~0u) {
+        // Logits that are more than a scaled dot product
+        if (a.softcap > 0.f && !a.lse) {
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-            for (int n = 0; n < 4; ++n)
+            for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-              for (int i = 0; i < 4; ++i)
-                if (!(bits >> (8 * n + (i & 1)) & 1)) s[b][4 * w + n][i] = kNegInf;
+              for (int i = 0; i < 4; ++i) s[b][n][i] = a.softcap * tanh_approximate(s[b][n][i] * p.tanh_scale);
+        } else if (a.softcap > 0.f) {  // an lse is float32: the logits have to be as well
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) s[b][n][i] = a.softcap * tanh_fast(s[b][n][i] * p.tanh_scale);
+        } else if (p.logit_scale != 1.f) {
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+              for (int i = 0; i < 4; ++i) s[b][n][i] *= p.logit_scale;
+        }
+        const int lane_key = key0 + 2 * (lane & 3);  // of s[.][0][0]
+        if (a.alibi_slopes) {
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int row = min(row_of(b, h), rows - 1), token = token_of(row);
+              const float slope = a.alibi_slopes[kv_head * p.group + head_of(row, token)];
+              const int distance = lane_key - (shift + token);
+#pragma unroll
+              for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) s[b][n][2 * h + i] += slope * float(distance + 8 * n + i);
+            }
+        }
+
+        // Masks
+        if (edge) {
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const KeyRange seen = visible_keys(a, shift + token_of(row_of(b, h)), keys);
+              const int low = seen.lo - lane_key, high = seen.hi - lane_key;
+#pragma unroll
+              for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                  if (8 * n + i < low || 8 * n + i >= high) s[b][n][2 * h + i] = kNegInf;
+            }
+        }
+#pragma unroll
+        for (int w = 0; w < kKeys / 32; ++w) {
+          const uint32_t readable = tables.readable[tile & 3][w];
+          if (readable != ~0u) {
+            const uint32_t bits = readable >> (2 * (lane & 3));
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+              for (int n = 0; n < 4; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                  if (!(bits >> (8 * n + (i & 1)) & 1)) s[b][4 * w + n][i] = kNegInf;
+          }
         }
       }
 
@@ -488,11 +523,9 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
           part[b][h] = 0.f;
         }
 
-      // O += P V. With a 16-bit cache the exponentials of the next 16 keys run under the products of these; an 8-bit
-      // one leaves no registers for that.
-      constexpr int kSteps = kKeys / 16, kAhead = kQuantized ? kSteps : 1;
-      uint32_t weights[kSteps][kBlocks][4];
-      auto exponentials = [&](int n, uint32_t (&w)[kBlocks][4]) {
+      uint32_t weights[kKeys / 16][kBlocks][4];
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n)
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -501,25 +534,31 @@ __global__ void __launch_bounds__(Shape<kDim, kQuantized>::kThreads, Shape<kDim,
             const float low = exp2_fast(fmaf(x[0], p.exp2_scale, -base[b][i & 1]));
             const float high = exp2_fast(fmaf(x[1], p.exp2_scale, -base[b][i & 1]));
             part[b][i & 1] += low + high;
-            w[b][i] = pack2<T>(low, high);
+            weights[n][b][i] = pack2<T>(low, high);
           }
+
+      // O += P V
+      constexpr int kPairs = kDim / 16;
+      uint32_t v[2][4];
+      auto load_v = [&](int n, int d) {
+        ldmatrix_x4_trans(v[(n * kPairs + d) & 1], at_column<S>(v_fragment + stage, 2 * d) + n * 16 * S::kRowBytes);
       };
+      load_v(0, 0);
 #pragma unroll
-      for (int n = 0; n < kAhead; ++n) exponentials(n, weights[n]);
+      for (int n = 0; n < kKeys / 16; ++n)
 #pragma unroll
-      for (int n = 0; n < kSteps; ++n) {
-        if (n + kAhead < kSteps) exponentials(n + kAhead, weights[n + kAhead]);
-#pragma unroll
-        for (int d = 0; d < kDim / 16; ++d) {
-          uint32_t v[4];
-          ldmatrix_x4_trans(v, at_column<S>(v_fragment + stage, 2 * d) + n * 16 * S::kRowBytes);
+        for (int d = 0; d < kPairs; ++d) {
+          if (d + 1 < kPairs)
+            load_v(n, d + 1);
+          else if (n + 1 < kKeys / 16)
+            load_v(n + 1, 0);
+          const auto& f = v[(n * kPairs + d) & 1];
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) {
-            mma_16816<T>(out[b][2 * d], weights[n][b], v[0], v[1]);
-            mma_16816<T>(out[b][2 * d + 1], weights[n][b], v[2], v[3]);
+            mma_16816<T>(out[b][2 * d], weights[n][b], f[0], f[1]);
+            mma_16816<T>(out[b][2 * d + 1], weights[n][b], f[2], f[3]);
           }
         }
-      }
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll

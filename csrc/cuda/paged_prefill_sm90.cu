@@ -1,5 +1,7 @@
 // launch_sm90: whether a call is for paged_prefill_sm90.cuh, and its launch.
 #include <array>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 #include "attention_plan.cuh"
@@ -9,7 +11,14 @@
 namespace pagedkv::prefill {
 namespace {
 
-constexpr bool kEnabled = true;  // false: mma.sync everywhere, to compare
+constexpr int64_t kFillHere = 1 << 22;  // rows * sequences to look at for rows that nobody owns; a kernel for more
+
+// The environment's PAGEDKV_PREFILL=mma: the kernel of older GPUs (paged_prefill.cuh) on Hopper too, to test and
+// measure it there. Read at each call, so that a process can run both.
+bool wanted() {
+  const char* const kernel = std::getenv("PAGEDKV_PREFILL");
+  return !kernel || std::strcmp(kernel, "mma") != 0;
+}
 
 // Has that much shared memory exactly where it was compiled for sm_90a: the device may run another of the library's
 // binaries, whose kernels are empty.
@@ -67,10 +76,14 @@ bool describe(sm90::Call& call) {
 
 bool launch_sm90(const Params& p, ScalarType dtype, KVType kv, cudaStream_t stream) {
   const AttentionParams& a = p.a;
-  if (!kEnabled || kv != KVType::kSame || a.head_dim <= 32 || !p.q_vectors || !a.next_item || !has_wgmma())
-    return false;
+  if (kv != KVType::kSame || a.head_dim <= 32 || !p.q_vectors || !has_wgmma() || !wanted()) return false;
   sm90::Call call{p};
   if (!describe(call)) return false;
+  call.counters = take_counters(stream);
+  if (!a.filled && int64_t(a.num_tokens) * a.num_seqs > kFillHere) {
+    launch_fill(a, 2, stream);
+    call.p.a.filled = true;
+  }
   auto launch = [&]<class T>(T) {
     const auto bucket = a.head_dim <= 64    ? sm90::launch_bucket<T, 64>
                         : a.head_dim <= 128 ? sm90::launch_bucket<T, 128>

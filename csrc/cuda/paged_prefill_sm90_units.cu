@@ -20,8 +20,7 @@ void launch(const Call& call, int sms, cudaStream_t stream) {
   const auto kernel = prefill_sm90_kernel<T, S>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
   const unsigned grid = unsigned(std::min<int64_t>(items(call.p, S::kRows), sms));
-  kernel<<<grid, S::kThreads, S::kBytes, stream>>>(call);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  launch_kernel(kernel, grid, S::kThreads, S::kBytes, stream, call);
 }
 
 // Whether 192 rows an item are faster than 128: they take 1.4 times as long, on an H200. Where items are alike, it is

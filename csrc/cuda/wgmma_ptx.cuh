@@ -281,8 +281,28 @@ __device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_
 __device__ __forceinline__ void barrier_arrive_at(uint64_t& barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(&barrier)),
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(&barrier)),
       "r"(rank)
+      : "memory");
+}
+// barrier_wait, and what other CTAs of the cluster wrote before they arrived is visible.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t& barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(smem_address(&barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+// To the same place in the shared memory of CTA `rank`.
+__device__ __forceinline__ void store_at(float4* to, int rank, const float4& v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(smem_address(to)),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
       : "memory");
 }
 // A box of rows (y) and columns (x) to the same place in each of the cluster's CTAs, and their barriers.

@@ -139,6 +139,10 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return emulate::last_error(); }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const auto& s = emulate::settings();
   switch (attribute) {
@@ -319,6 +323,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   return x;
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote) { return emulate::ballot("__ballot_sync", mask, vote); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 inline bool __all_sync(unsigned mask, bool vote) { return emulate::ballot("__all_sync", mask, vote) == mask; }
 inline bool __any_sync(unsigned mask, bool vote) { return emulate::ballot("__any_sync", mask, vote) != 0; }
@@ -448,6 +453,11 @@ inline void ex2_approx_ftz_f32(float& y, float x) {
   y = fabsf(y) < 0x1p-126f ? 0 : approximate(y, 2);
 }
 
+inline void rcp_approx_ftz_f32(float& y, float x) {
+  y = fabsf(x) < 0x1p-126f ? copysignf(INFINITY, x) : 1.f / x;
+  y = fabsf(y) < 0x1p-126f ? copysignf(0.f, x) : approximate(y, 1);
+}
+
 inline void tanh_approx_f32(float& y, float x) { y = approximate(tanhf(x), 1 << 12); }
 inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w,
                                                        const uint4* p) {
@@ -463,6 +473,10 @@ template <class T>
 void mov_b64(T& to, T from) {
   to = from;
 }
+inline void mov_u64(uint64_t& nanoseconds) {  // of the special registers, the timer
+  static uint64_t now = 0;
+  nanoseconds = now += 100;
+}
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
 inline void ld_global_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& z, unsigned& w, const uint4* p) {
@@ -470,8 +484,8 @@ inline void ld_global_L1_no_allocate_v4_u32(unsigned& x, unsigned& y, unsigned& 
   x = v.x, y = v.y, z = v.z, w = v.w;
 }
 inline void prefetch_global_L2(const volatile void*) {}
-inline void cp_async_bulk_prefetch_L2_global(const volatile void* at, int bytes) {
-  if (uintptr_t(at) % 16 || bytes % 16) fail("a prefetch of %d bytes that is not of whole vectors", bytes);
+inline void cp_async_bulk_prefetch_L2_global(const volatile void*, int bytes) {
+  if (bytes <= 0 || bytes % 16 != 0) fail("cp.async.bulk.prefetch of %d bytes: needs multiples of 16", bytes);
 }
 inline void ld_relaxed_gpu_global_s32(int& x, const int* at) { x = *at; }
 

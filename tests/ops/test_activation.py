@@ -75,6 +75,16 @@ def test_bias_act(device: str, name: str, dtype: torch.dtype) -> None:
         assert_as_accurate(ops.bias_act(x, b, name), plain(x if b is None else x + b), exact)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_act_of_many_rows(device: str, dtype: torch.dtype) -> None:
+    """The bits of a few rows at a time: dense or inside a wider tensor, with a bias or without."""
+    new = Inputs(device)
+    wide, bias = new.normal(1027, 4112, dtype=dtype), new.normal(4104, dtype=dtype)
+    for x, b in ((wide[:, :4104], bias), (wide[:, 8:].contiguous(), None)):
+        pieces = [ops.bias_act(rows, b, "gelu") for rows in x.split(100)]
+        assert same_bits(ops.bias_act(x, b, "gelu"), torch.cat(pieces))
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_over_the_whole_range(device: str, name: str) -> None:
     """Elementwise, from deep in the negative tail to large values, where one maximum would hide the small ones."""

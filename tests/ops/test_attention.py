@@ -536,11 +536,49 @@ def test_each_way_to_share_the_work(shape: Any, cache_dtype: torch.dtype | None)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [*HEAD_DIMS, 40, 200])
+def test_prefill_kernel_of_older_gpus(monkeypatch: pytest.MonkeyPatch, d: int, dtype: torch.dtype) -> None:
+    """PAGEDKV_PREFILL=mma: the mma.sync kernel on every GPU, which Hopper otherwise has another one for."""
+    monkeypatch.setenv("PAGEDKV_PREFILL", "mma")
+    lens, rows = (1500, 0, 700, 333, 64), (1500, 40, 130, 100, 200)
+    for options in (
+        {"block_size": 8},
+        {"block_size": 64, "heads": 14, "sliding_window": 200, "sinks": True},
+        {"causal": False, "kv_heads": 1},
+        {"softcap": 20.0, "alibi": True, "heads": 2},
+    ):
+        kind: dict[str, Any] = {"d": d, "dtype": dtype, "gap": 1, **options}
+        problem = paged("cuda", lens, rows, **kind)
+        first = problem.run()
+        check(problem, first)
+        assert all(map(same_bits, problem.run(), first))
+    problem = dense("cuda", lens, rows, d=d, dtype=dtype)
+    check(problem, problem.run())
+
+
+@pytest.mark.gpu
+def test_prefill_kernel_of_older_gpus_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = paged("cuda", (500,), (500,), d=128, dtype=torch.bfloat16)
+    ran = {}
+    for wanted in ("mma", ""):
+        monkeypatch.setenv("PAGEDKV_PREFILL", wanted)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            problem.run()
+            torch.cuda.synchronize()
+        ran[wanted] = " ".join(event.name for event in profile.events())
+    assert "paged_prefill_kernel" in ran["mma"] and "prefill_sm90_kernel" not in ran["mma"]
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert ("prefill_sm90_kernel" in ran[""]) == hopper and ("paged_prefill_kernel" in ran[""]) != hopper
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_graphs_and_streams_share_no_counters(dtype: torch.dtype) -> None:
+def test_graphs_and_streams_share_no_counters(dtype: torch.dtype, prompts: bool) -> None:
     """Graphs replayed with other lengths, at the same time on two streams, and made and dropped: the eager bits."""
-    big = paged("cuda", (5000, 900), dtype=dtype, kv_heads=1)
-    small = paged("cuda", (700, 2000, 30), dtype=dtype, kv_heads=1, seed=1)
+    big = paged("cuda", (5000, 900), (1200, 900) if prompts else None, dtype=dtype, kv_heads=1)
+    small = paged("cuda", (700, 2000, 30), (600, 300, 30) if prompts else None, dtype=dtype, kv_heads=1, seed=1)
     for op, extra in (("paged_attention", ()), ("paged_attention", (True,)), ("paged_attention_v2", (5,))):
         results = []
         for p in (big, small):

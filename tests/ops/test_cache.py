@@ -247,6 +247,41 @@ def test_swap_blocks(source: str, target: str, dtype: torch.dtype) -> None:
     assert same_bits(src, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pairs", [199, 201, 2500])
+def test_swaps_both_ways_at_once(pairs: int) -> None:
+    """As many pairs as one launch takes, and more; out of the GPU and into it on two streams, from a graph too."""
+    new = Inputs("cpu")
+    host = [new.normal(2 * pairs, 8, 2, 16).pin_memory() for _ in range(2)]
+    device = [new.normal(2 * pairs, 8, 2, 16).cuda() for _ in range(2)]
+    mappings = [torch.stack([new.permutation(2 * pairs, pairs) for _ in range(2)], 1) for _ in range(2)]
+    want_out, want_back = cpu(host[0]), cpu(device[1])
+    REFERENCES["swap_blocks"](cpu(device[0]), want_out, mappings[0])
+    REFERENCES["swap_blocks"](cpu(host[1]), want_back, mappings[1])
+    start, side = cpu(host[0]), torch.cuda.Stream()
+    start_back = device[1].clone()
+
+    def swap() -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            ops.swap_blocks(device[0], host[0], mappings[0])
+        ops.swap_blocks(host[1], device[1], mappings[1])
+        torch.cuda.current_stream().wait_stream(side)
+
+    swap()
+    torch.cuda.synchronize()
+    assert same_bits(host[0], want_out) and same_bits(device[1], want_back)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        swap()
+    for _ in range(3):
+        host[0].copy_(start)
+        device[1].copy_(start_back)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(host[0], want_out) and same_bits(device[1], want_back)
+
+
 def test_swap_blocks_refuses(device: str) -> None:
     src, dst = torch.zeros(3, 4, device=device), torch.zeros(5, 4, device=device)
     for mapping, message in [

@@ -102,6 +102,45 @@ def test_layers_of_4_bits_equal_their_steps(rows: int) -> None:
         assert all(map(same_bits, got, want))
 
 
+@pytest.mark.parametrize("owned", [500, 333])
+def test_prompts_equal_their_steps(owned: int) -> None:
+    """Prompts between the kernels around them: what was just cached is read, and rows of nobody (0) are written."""
+    new = Inputs("cuda")
+    tokens, heads, d = 500, 4, 64
+    weight, x = new.normal(heads * d, dtype=torch.bfloat16), new.normal(tokens, heads * d, dtype=torch.bfloat16)
+    slots = new.permutation(64 * 16, tokens)
+    tables = torch.arange(64, dtype=torch.int32, device="cuda")[None]
+    lens, start = torch.tensor([[700], [0]], dtype=torch.int32, device="cuda")
+    rows = torch.full_like(lens, owned)
+
+    def prompts(wait: bool) -> list[Tensor]:
+        cache = [torch.ones(64, 16, heads, d, device="cuda", dtype=x.dtype) for _ in range(2)]
+        h, found = x, []
+        for _ in range(16):
+            query = ops.rms_norm(h, weight, 1e-5).view(tokens, heads, d)
+            if wait:
+                torch.cuda.synchronize()
+            ops.reshape_and_cache(query, query, *cache, slots)
+            if wait:
+                torch.cuda.synchronize()
+            out = ops.paged_attention(query, *cache, tables, lens, start, rows, max_query_len=tokens)
+            if wait:
+                torch.cuda.synchronize()
+            h, _ = ops.add_rms_norm(out.view(tokens, -1), h, weight, 1e-5)
+            found += [out, h]
+        return found
+
+    want = prompts(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = prompts(wait=False)
+    for _ in range(20):
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        assert all(map(same_bits, got, want))
+
+
 @pytest.mark.parametrize("sequences", [1, 5, 200])
 def test_attention_sees_the_lengths_and_pages_of_the_kernel_in_front(sequences: int) -> None:
     """Lengths, query rows and block tables that the kernel in front of each call replaces: what a pause between them

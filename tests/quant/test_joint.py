@@ -13,14 +13,18 @@ import tiny
 import torch
 import transformers as hf
 import writers
+from ops.samples_small import Inputs
 from torch import nn
 
 import torch_pagedkv
 from torch_pagedkv.patches import match
-from torch_pagedkv.quant import linear as quant_linear
+from torch_pagedkv.quant.eight import Fp8Linear, W8A8Linear, unrounded
+from torch_pagedkv.quant.fixed import FixedLinear
 from torch_pagedkv.quant.formats import FORMATS, Scheme, read
-from torch_pagedkv.quant.linear import Int4Linear, Joint
+from torch_pagedkv.quant.joint import Joint
+from torch_pagedkv.quant.linear import Int4Linear
 from torch_pagedkv.quant.loading import int4_layers
+from torch_pagedkv.quant.packed import Int8Linear, Q4KLinear
 
 KINDS = ("zeros", "symmetric", "act_order", "one_group", "bias")
 
@@ -71,6 +75,72 @@ def test_same_bits(kind: str, rows: int) -> None:
         for t in part.buffers():
             assert t.is_contiguous() and t.untyped_storage().nbytes() == t.numel() * t.element_size()
     assert torch.equal(torch.cat([m(x) for m in parts], -1), want)
+
+
+def _others(kind: type[FixedLinear], outputs: tuple[int, ...] = (64, 32, 16)) -> list[FixedLinear]:
+    """Layers of 256 inputs in other forms than `Int4Linear`."""
+    made: list[FixedLinear] = []
+    for seed, n in enumerate(outputs):
+        new = Inputs("cpu", seed)
+        if kind is Q4KLinear:
+            weight = Q4KLinear.pack(new.q4k_blocks(n, 1))
+        elif kind is Int8Linear:
+            q = torch.randint(-128, 128, (n, 256), generator=new.generator, dtype=torch.int8)
+            weight = Int8Linear.pack(q, new.normal(8, n), 32)
+        else:
+            weight = kind.pack(new.normal(n, 256))  # type: ignore[attr-defined]
+        made.append(kind(weight, new.normal(n), torch.float32))
+    return made
+
+
+@pytest.mark.parametrize("kind", [W8A8Linear, Fp8Linear, Int8Linear, Q4KLinear])
+@pytest.mark.parametrize("rows", [0, 1, 20])
+def test_other_forms(kind: type[FixedLinear], rows: int) -> None:
+    """As above; float8 on the CPU may sum in another order."""
+    parts = _others(kind)
+    alone, x = copy.deepcopy(parts), torch.randn(rows, 256)
+    joint = Joint(parts)
+    want = torch.cat([m(x) for m in alone], -1)
+    torch.testing.assert_close(joint(x), want, rtol=1e-6, atol=1e-5 if kind is Fp8Linear else 0)
+    assert torch.equal(torch.cat([m(x) for m in parts], -1), want)
+    assert _bytes(parts) <= _bytes(alone)
+    for part, old in zip(parts, alone, strict=True):
+        assert torch.equal(part.weight, old.weight)
+        assert part.state_dict().keys() == old.state_dict().keys()
+    joint.separate()
+    for part in parts:
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in part.buffers())
+    assert torch.equal(torch.cat([m(x) for m in parts], -1), want)
+
+
+def test_obstacles_of_other_forms() -> None:
+    a, b = _others(W8A8Linear, (64, 64))
+    assert Joint.obstacle((a, b)) == ""
+    assert Joint.obstacle((a, *_others(Fp8Linear, (64,)))) == "not all are 8-bit"
+    b.factor = b.factor * 2
+    assert Joint.obstacle((a, b)) == "their inputs are smoothed differently"
+    assert Joint.obstacle((nn.Linear(256, 32), a)) == "Linear cannot be joined"
+    assert "not multiples of 32" in Joint.obstacle(_others(Q4KLinear, (40, 32)))
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_8_bits_are_fused(form: str) -> None:
+    """Where it is asked for (on CUDA it is by itself); the numbers stay, and layers that are not to round run alone."""
+    model, inputs = tiny.make("qwen2"), tiny.batch()
+    plain = torch_pagedkv.patch(copy.deepcopy(model), weights=form)
+    assert not any(name.startswith("fused") for name in torch_pagedkv.report(plain).replaced)
+    want = tiny.generate(plain, inputs)
+    torch_pagedkv.patch(model, weights=form, fuse_linear=True)
+    name = "fused int8_mm" if form == "int8" else "fused fp8_mm"
+    assert torch_pagedkv.report(model).replaced[name] == 2 * model.config.num_hidden_layers
+    assert torch.equal(tiny.generate(model, inputs), want)
+    fused = vars(model.model.layers[0].self_attn.q_proj)["_pagedkv_part"][0].fused
+    assert fused.is_current()
+    with unrounded(model):
+        assert not fused.is_current()
+    assert fused.is_current()
+    torch_pagedkv.unpatch(model)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, -8:], want[:, :8])
 
 
 def test_what_is_written_in_place_holds_for_both() -> None:
@@ -184,7 +254,7 @@ def test_one_copy_of_the_numbers_and_at_most_one_layer_more(monkeypatch: pytest.
         alive.append(1)
         return result
 
-    monkeypatch.setattr(quant_linear.Joint, "join", counting)
+    monkeypatch.setattr(Joint, "join", counting)
     torch_pagedkv.patch(model)
     assert len(alive) == 10 and most[0] <= size == _bytes(layers)
 

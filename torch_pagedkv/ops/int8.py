@@ -136,7 +136,7 @@ def int8_linear(
     """activation(x W^T + bias) + residual for a packed 8-bit W.
 
     Products of x with the whole numbers q are summed in float32 over inputs of one group, and then scaled; a GPU with
-    more than 64 rows (16 in float32) rounds the weights to x's dtype first. Rows of one x do not depend on each other,
+    more than 16 rows rounds the weights to x's dtype first. Rows of one x do not depend on each other,
     and equal calls give equal bits.
 
     Args:

@@ -54,12 +54,12 @@ class EightLinear(PackedLinear):
         q: int8 or float8_e4m3fn [N, K]. scales: float32 [N].
         factor: float32 [K], multiplies x before it is rounded; or None.
         one: float32, 1: a scale for products that want one.
-        rounds: False leaves activations as they are (`unrounded`).
     """
 
     parts = ("q", "scales", "factor", "one")
+    of_outputs: ClassVar = {"q": 0, "scales": 0}
+    of_inputs: ClassVar = {"factor": "their inputs are smoothed differently", "one": "they are scaled differently"}
     dtype: ClassVar[torch.dtype]
-    rounds: bool = True
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the input's dtype (under autocast: in autocast's)."""

@@ -33,12 +33,19 @@ class FixedLinear(nn.Linear):
         in_features, out_features: K and N.
         group_size: inputs that share a scale. run: the same as the op takes it.
         bias: [N] or None.
+        rounds: False while activations are not to be rounded (`eight.unrounded`).
         like: empty, in the dtype and on the device that the weight is seen in.
         source: where the weight is from, for people ("GGUF Q4_K").
     """
 
     #: the buffers that make the weight
     parts: ClassVar[tuple[str, ...]] = ()
+    #: those that hold something for each output -> the dimension of the outputs, and those that several layers of one
+    #: input must have in common -> what is to be said if they do not: for `joint.Joint`, which others cannot be in
+    of_outputs: ClassVar[dict[str, int]] = {}
+    of_inputs: ClassVar[dict[str, str]] = {}
+    #: what the outputs of a part of it must be a multiple of
+    multiple: ClassVar[int] = 1
     #: the op that runs it, and its bits, for people
     op: ClassVar[str] = ""
     bits: ClassVar[str] = ""
@@ -48,6 +55,7 @@ class FixedLinear(nn.Linear):
     group_size: int
     run: int
     source: str
+    rounds: bool = True
     like: Tensor
     bias: Any  # [N] or None: a buffer, where nn.Linear has a parameter
 
@@ -92,8 +100,9 @@ class FixedLinear(nn.Linear):
         raise NotImplementedError
 
     def operands(self) -> Operands:
-        """What `product` and `numbers` take."""
-        return tuple(self._buffers[name] for name in self.parts)
+        """What `product` and `numbers` take. (Parts of a `Joint` that are not contiguous are copied.)"""
+        tensors = [self._buffers[name] for name in self.parts]
+        return tuple(None if t is None else t.contiguous() for t in tensors)
 
     @classmethod
     def product(cls, x: Tensor, operands: Operands, bias: Tensor | None, run: int, inputs: int) -> Tensor:

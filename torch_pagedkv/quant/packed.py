@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,8 @@ class Q4KLinear(PackedLinear):
     """
 
     parts = ("packed", "scales", "mins", "d", "dmin")
+    of_outputs: ClassVar = {"packed": 0, "scales": 1, "mins": 1, "d": 1, "dmin": 1}
+    multiple = ops.int4.BLOCK
     op = "q4k_linear"
     bits = "4-bit"
 
@@ -83,6 +85,8 @@ class Int8Linear(PackedLinear):
     """
 
     parts = ("packed", "scales")
+    of_outputs: ClassVar = {"packed": 0, "scales": 1}
+    multiple = ops.int4.BLOCK
     op = "int8_linear"
     bits = "8-bit"
 
