@@ -100,3 +100,45 @@ def test_layers_of_4_bits_equal_their_steps(rows: int) -> None:
             tensor.zero_()
         graph.replay()
         assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_layers_of_few_rows_equal_their_steps(rows: int, dtype: torch.dtype) -> None:
+    """As above, of `linear`, and of `scaled_linear` between `quantize_per_token`."""
+    new = Inputs("cuda")
+    wide, narrow = (new.normal(n, k, dtype=torch.bfloat16, scale=0.02) for n, k in ((4096, 1024), (1024, 2048)))
+    weight, x = new.normal(1024, dtype=torch.bfloat16), new.normal(rows, 1024, dtype=torch.bfloat16)
+
+    def layers(wait: bool) -> list[Tensor]:
+        def step() -> None:
+            if wait:
+                torch.cuda.synchronize()
+
+        def product(x: Tensor, w: Tensor) -> Tensor:
+            step()
+            if dtype == torch.bfloat16:
+                return ops.linear(x, w)
+            q, row_scale = ops.quantize_per_token(x, rotation=64, dtype=dtype)
+            step()
+            w8, column_scale = ops.quantize_per_token(w, rotation=64, dtype=dtype)  # in front of what reads it
+            step()
+            return ops.scaled_linear(q, row_scale, w8, column_scale, dtype=torch.bfloat16)
+
+        h, found = x, []
+        for _ in range(12):
+            y = product(ops.rms_norm(h, weight, 1e-5), wide)
+            step()
+            h = x + product(ops.silu_and_mul(*y.chunk(2, -1)), narrow)
+            found.append(h)
+        return found
+
+    want = layers(wait=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = layers(wait=False)
+    for _ in range(20):
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        assert all(map(same_bits, got, want))
