@@ -201,6 +201,9 @@ def samples(device: str) -> Iterator[Sample]:
         w = new.int4(160, 1288, 64, kind, torch.float16, ordered=rows != 17)
         x, bias, residual = (new.normal(*s, dtype=dtype) for s in ((rows, 1288), (160,), (rows, 160)))
         yield "int4_linear", (x, w.packed, *w.numbers, w.perm, bias, residual, w.group_size, 1288, "silu"), {}
+    if device == "cuda":  # as many weights as it takes for the CTAs of a cluster to share a tile
+        w, x = new.int4(4096, 2048, 128, "zeros", torch.float16), new.normal(40, 2048, dtype=torch.float16)
+        yield "int4_linear", (x, w.packed, *w.numbers, None, None, None, 128, 2048, "none"), {}
     for rows, dtype in itertools.product((1, 7, 16, 17, 70), FLOATS):
         bias, residual = (new.normal(*s, dtype=dtype) for s in ((150,), (rows, 150)))
         x = new.normal(rows, 1544, dtype=dtype)
