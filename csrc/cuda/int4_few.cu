@@ -11,11 +11,11 @@
 // for each pair of weights, and scales of any type lose nothing. The numbers of a step are made while the products of
 // the one before run.
 //
-// Few tiles: the CTAs of a cluster share the inputs of one, and each adds up the sums of every so many-th warp, in the
-// order of their ranks, which the others write to its shared memory. All orders are fixed by the shapes: equal calls
-// give equal bits. Nothing runs in front or behind. (Stream-K filled all SMs, but a kernel in front that arranged x and
-// one behind that added up took 9 us of 26 for 64 rows of 14336 x 4096: neither fits beside a CTA that has all
-// registers of an SM, so nothing overlapped.)
+// Few tiles: the CTAs of a cluster share the inputs of one, and each adds up the sums of every so many-th warp, its own
+// and then those that the others write to its shared memory, in the order of their ranks. All orders are fixed by the
+// shapes: equal calls give equal bits. Nothing runs in front or behind. (Stream-K filled all SMs, but with a kernel in
+// front that arranged x and one behind that added up: about 10 us of 26 for 64 rows of 14336 x 4096 did not grow with
+// the weights. Neither fits beside a CTA that has all registers of an SM, so little overlapped.)
 //
 // Floor: the larger of bytes of W / 4.28 TB/s and 2 m n k / 790 TFLOP/s (an H200's): 7.2 us for 14336 x 4096. Measured,
 // us, at m = 16, 32, 64 (in parentheses with stream-K):
