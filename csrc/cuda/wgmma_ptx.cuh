@@ -285,6 +285,14 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t& barrier, int rank) {
       "r"(rank)
       : "memory");
 }
+// To the same place in CTA `rank`, whose threads see it behind a cluster_sync().
+__device__ __forceinline__ void store_at(float4* p, int rank, float4 v) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(smem_address(p)),
+      "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+      : "memory");
+}
 // A box of rows (y) and columns (x) to the same place in each of the cluster's CTAs, and their barriers.
 __device__ __forceinline__ void copy_box_to_all(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x,
                                                 int y, int size) {

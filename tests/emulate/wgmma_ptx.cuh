@@ -117,6 +117,7 @@ inline void barrier_arrive_at(uint64_t& barrier, int rank) {
   if (rank != 0) emulate::fail("arrival at CTA %d of a cluster of one", rank);
   emulate::mbarrier_arrive(barrier);
 }
+inline void store_at(float4*, int rank, float4) { emulate::fail("a store to CTA %d of a cluster of one", rank); }
 inline void copy_box_to_all(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int size) {
   if (size != 1) emulate::fail("a copy to %d CTAs of a cluster of one", size);
   emulate::copy_box(target, map, barrier, x, y, 0, 0);
