@@ -288,7 +288,7 @@ __device__ __forceinline__ void barrier_wait_cluster(uint64_t& barrier, uint32_t
         : "memory");
   } while (!done);
 }
-// To the same place in the shared memory of CTA `rank`.
+// To the same place in the shared memory of CTA `rank`, whose threads see it behind cluster_sync() or such a wait.
 __device__ __forceinline__ void store_at(float4* to, int rank, const float4& v) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
