@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kBlock) bias_rows(const __grid_constant__ ActP
 #pragma unroll
     for (int i = 0; i < V; ++i) x[i] += b[i];
     apply<V, sizeof(T) == 2>(p.act, x);
-    if (r < left) store_out<true>(to + r * step, from_floats<T, V>(x));
+    if (r < left) store_vec<T, V>(to + r * step, from_floats<T, V>(x), true);
   }
 }
 

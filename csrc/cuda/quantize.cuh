@@ -145,14 +145,14 @@ __device__ __forceinline__ Vec<C, kChunk> quantized(const float* x, float invers
   return out;
 }
 // Stores one thread's chunk; `inverse` is used by a quantised cache only.
-template <bool kStreamed, class C, class T>
-__device__ __forceinline__ void store_chunk(C* out, const Vec<T, kChunk>& x, float inverse) {
+template <class C, class T>
+__device__ __forceinline__ void store_chunk(C* out, const Vec<T, kChunk>& x, float inverse, bool streamed) {
   if constexpr (kQuantized<C>) {
     float v[kChunk];
     to_floats(x, v);
-    store_out<kStreamed>(out, quantized<C>(v, inverse));
+    store_vec<C, kChunk>(out, quantized<C>(v, inverse), streamed);
   } else {
-    store_out<kStreamed>(out, x);
+    store_vec<C, kChunk>(out, x, streamed);
   }
 }
 
@@ -181,12 +181,13 @@ __device__ __forceinline__ int64_t cache_offset(const CacheView& c, const CacheS
 }
 
 // Writes the row of (slot, head), N chunks a lane, `apart` elements from each other.
-template <class C, bool kStreamed = false, class T, int N>
+template <class C, class T, int N>
 __device__ __forceinline__ void write_row(const CacheView& c, const CacheShape& s, int64_t slot, int head, int lane,
-                                          const Vec<T, kChunk> (&x)[N], int apart, const RowScale& scale) {
+                                          const Vec<T, kChunk> (&x)[N], int apart, const RowScale& scale,
+                                          bool streamed = false) {
   C* const to = static_cast<C*>(c.data) + cache_offset(c, s, slot, head) + lane * kChunk;
 #pragma unroll
-  for (int n = 0; n < N; ++n) store_chunk<kStreamed>(to + n * apart, x[n], scale.inverse);
+  for (int n = 0; n < N; ++n) store_chunk<C>(to + n * apart, x[n], scale.inverse, streamed);
   if constexpr (kQuantized<C>) {
     if (lane == 0) c.scale[slot * s.heads + head] = scale.scale;
   }
