@@ -211,6 +211,16 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
           ("bias_act", gated, "tokens", {"op": "bias_act"}),
       )
       for model, devices, sizes in ((L3, GPU, (4096, 1, 32)), (SMOL, BOTH, (8, 512)), (L3, CPU, (8, 512)))],
+    *[(op, L3, build, GPU, [{size: 16384, **more}])  # of 64 MiB and more, where 4096 tokens are less
+      for op, build, size, more in (
+          ("reshape_and_cache", write, "tokens", {}),
+          ("reshape_and_cache", write, "tokens", {"kv": "int8"}),
+          ("reshape_and_cache", write, "tokens", {"kv": "fp8"}),
+          ("layer_norm", norm, "rows", {"op": "layer_norm"}),
+          ("rotary_and_cache", rotary, "tokens", {"kv": "int8"}),
+          ("quantize_per_token", to_eight, "tokens", {"stored": "int8"}),
+          ("quantize_per_token", to_eight, "tokens", {"stored": "fp8"}),
+      )],
     *[(op, model, build, GPU, [{size: n, **more} for n in (32, 4096)])  # of a batch's decoding step, of a prompt
       for op, build, size, more in (
           ("reshape_and_cache", write, "tokens", {}),
@@ -245,9 +255,9 @@ TABLE: list[tuple[str, str, Callable[..., Problem], tuple[str, ...], list[dict[s
       for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
     *[("dequantize_sums", model, from_eight, devices, [{"tokens": n} for n in sizes])
       for model, devices, sizes in ((L3, GPU, (1, 4096)), (SMOL, BOTH, (8, 512)))],
-    *[("gather_cache", L3, gather, GPU, [{"batch": 8, "context": 4096, "kv": kv}]) for kv in ("same", "int8")],
+    *[("gather_cache", L3, gather, GPU, [{"batch": 8, "context": 4096, "kv": kv}]) for kv in ("same", "int8", "fp8")],
     ("gather_cache", SMOL, gather, BOTH, [{"batch": 4, "context": 512}]),
-    ("copy_blocks", L3, copy, GPU, [{"layers": 32, "pairs": n} for n in (16, 1)]),
+    ("copy_blocks", L3, copy, GPU, [{"layers": 32, "pairs": n} for n in (16, 1, 64)]),
     ("copy_blocks", SMOL, copy, BOTH, [{"layers": 30, "pairs": 4}]),
     ("swap_blocks", L3, swap, GPU, [
         {"pairs": 256, "to_host": to, "adjacent": adjacent} for to in (True, False) for adjacent in (False, True)

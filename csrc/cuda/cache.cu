@@ -2,7 +2,7 @@
 //
 // reshape_and_cache  a group of lanes a (token, head), eight elements a lane, K and V in the same thread so that both
 //                    loads are in flight; the scale of a quantised row is reduced over the group.
-// copy_blocks        one grid of (pair, 16 KiB piece) x cache; the caches' pointers travel in the kernel's parameters.
+// copy_blocks        one grid of (pair, 4 KiB piece) x cache; the caches' pointers travel in the kernel's parameters.
 // swap_blocks        on one GPU, and between a GPU and pinned (mapped) host memory, one kernel with the pairs in its
 //                    parameters (200, or 2000 where the driver takes as many): nothing has to outlive the call, and
 //                    small blocks do not pay a copy command each. Runs of adjacent blocks that are long go to the copy
@@ -11,7 +11,10 @@
 // gather_cache       a block owns 8 output tokens, finds their sequences in the (out_start, seq_lens) list, and copies;
 //                    rows of no sequence become 0 in the same pass.
 //
-// Floor: bytes read and written / 4.28 TB/s; host transfers 55 GB/s each way (PCIe 5 x16).
+// Floor: bytes read and written / 4.28 TB/s; host transfers 55 GB/s each way (PCIe 5 x16). Measured, 8 heads of 128:
+// 16384 tokens to an int8 cache 26.9 us (102 MB, 23.9; one chunk a lane: 29.8), as they are 34.9 (134 MB, 31.4);
+// gathered, 8 x 4096 from int8 55.9 (203 MB, 47.5; with single-byte conversions, a branch around each load,
+// divisions: 63.2); 64 blocks copied in 64 caches 68.9 (268 MB, 62.7).
 //
 // Both ways at once, H200, 1024 scattered blocks of 32 KiB each way (GB/s, both together; beside products that fill the
 // GPU): one long copy each way, by the copy engines, 101 (101). These kernels, blocks of one warp with 32 registers,
@@ -34,6 +37,8 @@ constexpr int kBlock = 256;
 
 // reshape_and_cache --------------------------------------------------------------------------------------------------
 
+constexpr int64_t kManyChunks = 1 << 18;  // twice the threads that are on the device at once
+
 struct WriteParams {
   const void* key;  // [T, Hkv, D], unit stride in D
   const void* value;
@@ -43,11 +48,12 @@ struct WriteParams {
   const int64_t* slots;  // [T]
   int64_t rows;          // T * Hkv
   Divisor heads;         // Hkv
-  int chunks;            // of 8 elements in a row
+  int chunks;            // of 8 elements in one of the N parts of a row
 };
 
-// block (lanes of a row, rows). One row of K and of V a thread: two cost the smallest batches 0.8 us and gave nothing.
-template <class T, class C, bool Aligned>
+// block (lanes of a row, rows), N chunks of the row of K and of V a lane, one in each N-th of it. One row a thread: two
+// cost the smallest batches 0.8 us and gave nothing.
+template <class T, class C, bool Aligned, int N>
 __global__ void __launch_bounds__(kBlock) write_kernel(const __grid_constant__ WriteParams p) {
   release_next();
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -55,27 +61,31 @@ __global__ void __launch_bounds__(kBlock) write_kernel(const __grid_constant__ W
   const Quotient token = divide(row, p.heads);
   const bool live = row < p.rows && lane < p.chunks;
   wait_for_previous();
+  const int apart = p.chunks * kChunk;
   // Whatever the slot, so that its load and these are in flight together.
   const int64_t slot = live ? p.slots[token.q] : -1;
-  const auto load = [&](const void* from, int64_t stride_token, int64_t stride_head) {
-    const T* const x = static_cast<const T*>(from) + token.q * stride_token + token.r * stride_head + lane * kChunk;
-    if constexpr (Aligned) {
-      return load_or_zero<T, kChunk>(x, live);
-    } else {
-      Vec<T, kChunk> y;
+  Vec<T, kChunk> x[2][N];
+  const auto load = [&](Vec<T, kChunk>(&to)[N], const void* tensor, int64_t stride_token, int64_t stride_head) {
+    const T* const from =
+        static_cast<const T*>(tensor) + token.q * stride_token + token.r * stride_head + lane * kChunk;
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) y.v[i] = live ? x[i] : from_float<T>(0.f);
-      return y;
+    for (int n = 0; n < N; ++n) {
+      if constexpr (Aligned) {
+        to[n] = load_or_zero<T, kChunk>(from + n * apart, live);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) to[n].v[i] = live ? from[n * apart + i] : from_float<T>(0.f);
+      }
     }
   };
-  const Vec<T, kChunk> x[2][1] = {{load(p.key, p.key_stride_token, p.key_stride_head)},
-                                  {load(p.value, p.value_stride_token, p.value_stride_head)}};
+  load(x[0], p.key, p.key_stride_token, p.key_stride_head);
+  load(x[1], p.value, p.value_stride_token, p.value_stride_head);
   RowScale scales[2];
   row_scales<C>(x, blockDim.x, scales);
   if (slot < 0 || slot >= p.shape.slots) return;
   const int head = int(token.r);
-  write_row<C>(p.key_cache, p.shape, slot, head, lane, x[0], 0, scales[0]);
-  write_row<C>(p.value_cache, p.shape, slot, head, lane, x[1], 0, scales[1]);
+  write_row<C>(p.key_cache, p.shape, slot, head, lane, x[0], apart, scales[0]);
+  write_row<C>(p.value_cache, p.shape, slot, head, lane, x[1], apart, scales[1]);
 }
 
 // gather_cache -------------------------------------------------------------------------------------------------------
@@ -93,32 +103,41 @@ struct GatherParams {
   void* key;  // [total, Hkv, D]
   void* value;
   int64_t total;
-  int chunks;  // of 8 elements in a row
+  Divisor chunks, row;  // chunks of 8 elements: of a head, of a token
 };
 
 constexpr int kGatherTokens = 8;
 
-template <class C, class T>
-__device__ __forceinline__ Vec<T, kChunk> read_chunk(const CacheView& c, const CacheShape& s, int64_t slot, int head,
-                                                     int chunk) {
-  Vec<T, kChunk> y;
-  if (slot < 0) {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) y.v[i] = from_float<T>(0.f);
-    return y;
-  }
-  const Vec<C, kChunk> x =
-      load_vec<C, kChunk>(static_cast<const C*>(c.data) + cache_offset(c, s, slot, head) + chunk * kChunk);
-  float scale = 1.f;
-  if constexpr (kQuantized<C>) scale = c.scale[slot * s.heads + head];
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if constexpr (kQuantized<C>)
-      y.v[i] = from_float<T>(to_float(x.v[i]) * scale);
-    else
-      y.v[i] = from_float<T>(to_float(x.v[i]));
-  }
+// A chunk as it lies in the cache, and its scale; zeros where `slot` is negative. Loads under no branch: those of
+// several chunks are in flight together.
+template <class C>
+struct Stored {
+  Vec<C, kChunk> x;
+  float scale;
+};
+template <class C>
+__device__ __forceinline__ Stored<C> read_chunk(const CacheView& c, const CacheShape& s, int64_t slot, int head,
+                                                int chunk) {
+  const bool valid = slot >= 0;
+  const int64_t at = valid ? slot : 0;
+  Stored<C> y;
+  y.x = load_or_zero<C, kChunk>(static_cast<const C*>(c.data) + cache_offset(c, s, at, head) + chunk * kChunk, valid);
+  if constexpr (kQuantized<C>) y.scale = valid ? c.scale[at * s.heads + head] : 0.f;
   return y;
+}
+template <class C, class T>
+__device__ __forceinline__ Vec<T, kChunk> restore(const Stored<C>& y) {
+  if constexpr (std::is_same_v<C, T>) {
+    return y.x;
+  } else {
+    float v[kChunk];
+    to_floats(y.x, v);
+    if constexpr (kQuantized<C>) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) v[i] *= y.scale;
+    }
+    return from_floats<T, kChunk>(v);
+  }
 }
 
 template <class C, class T>
@@ -147,18 +166,18 @@ __global__ void __launch_bounds__(kBlock) gather_kernel(const __grid_constant__ 
     slots[tid] = slot;
   }
   __syncthreads();
-  const int row = p.shape.heads * p.chunks;  // chunks of a token
+  const int row = int(p.row.d);
   const int tokens = int(min(int64_t(kGatherTokens), p.total - first));
   T* const key = static_cast<T*>(p.key) + first * row * kChunk;
   T* const value = static_cast<T*>(p.value) + first * row * kChunk;
 #pragma unroll 2
   for (int i = tid; i < tokens * row; i += kBlock) {
-    const int t = i / row, head = (i - t * row) / p.chunks, chunk = i - t * row - head * p.chunks;
-    const int64_t slot = slots[t];
-    const Vec<T, kChunk> k = read_chunk<C, T>(p.key_cache, p.shape, slot, head, chunk);
-    const Vec<T, kChunk> v = read_chunk<C, T>(p.value_cache, p.shape, slot, head, chunk);
-    store_vec<T, kChunk>(key + int64_t(i) * kChunk, k);
-    store_vec<T, kChunk>(value + int64_t(i) * kChunk, v);
+    const Quotient token = divide(i, p.row), head = divide(token.r, p.chunks);
+    const int64_t slot = slots[token.q];
+    const Stored<C> k = read_chunk<C>(p.key_cache, p.shape, slot, int(head.q), int(head.r));
+    const Stored<C> v = read_chunk<C>(p.value_cache, p.shape, slot, int(head.q), int(head.r));
+    store_vec<T, kChunk>(key + int64_t(i) * kChunk, restore<C, T>(k));
+    store_vec<T, kChunk>(value + int64_t(i) * kChunk, restore<C, T>(v));
   }
 }
 
@@ -181,26 +200,35 @@ __device__ __forceinline__ void copy_piece(const char* src, char* dst, int64_t b
     W part[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * kThreads < count) part[u] = from[i + u * kThreads];
+      if (i + u * kThreads < count) {
+        part[u] = from[i + u * kThreads];
+      }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (i + u * kThreads < count) to[i + u * kThreads] = part[u];
+      if (i + u * kThreads < count) {
+        to[i + u * kThreads] = part[u];
+      }
+  }
+}
+// f is called with a word of so many bytes.
+template <class F>
+__device__ __forceinline__ void with_word(int width, F&& f) {
+  switch (width) {
+    case 16:
+      return f(uint4{});
+    case 8:
+      return f(uint2{});
+    case 4:
+      return f(uint32_t{});
+    case 2:
+      return f(uint16_t{});
+    default:
+      return f(uint8_t{});
   }
 }
 template <int kThreads>
 __device__ __forceinline__ void copy_piece(const char* src, char* dst, int64_t bytes, int64_t piece, int width) {
-  switch (width) {
-    case 16:
-      return copy_piece<kThreads, uint4>(src, dst, bytes, piece);
-    case 8:
-      return copy_piece<kThreads, uint2>(src, dst, bytes, piece);
-    case 4:
-      return copy_piece<kThreads, uint32_t>(src, dst, bytes, piece);
-    case 2:
-      return copy_piece<kThreads, uint16_t>(src, dst, bytes, piece);
-    default:
-      return copy_piece<kThreads, uint8_t>(src, dst, bytes, piece);
-  }
+  with_word(width, [&](auto word) { copy_piece<kThreads, decltype(word)>(src, dst, bytes, piece); });
 }
 // The widest word that divides all of these: addresses and sizes.
 int word_width(std::initializer_list<uint64_t> values) {
@@ -232,14 +260,33 @@ struct CopyParams {
 };
 static_assert(sizeof(CopyParams) <= 4096);
 
+// Bytes [piece * kCopyPiece, ...) of a block: 16 of them a thread, which neither the next block nor anyone else reads
+// soon (64 pairs: 67.9 us, for 69.5 with pieces of 16 KiB; a single one 2.8 for 3.2).
+constexpr int64_t kCopyPiece = kBlock * kVectorBytes;
+template <class W>
+__device__ __forceinline__ void copy_words(const char* src, char* dst, int64_t bytes, int64_t piece) {
+  const int64_t first = piece * kCopyPiece;
+  const W* const from = reinterpret_cast<const W*>(src + first);
+  W* const to = reinterpret_cast<W*>(dst + first);
+  const int count = int(min(bytes - first, kCopyPiece) / int64_t(sizeof(W)));
+  for (int i = threadIdx.x; i < count; i += kBlock) {
+    if constexpr (sizeof(W) == kVectorBytes)
+      __stcs(to + i, __ldcs(from + i));
+    else
+      to[i] = from[i];
+  }
+}
+
 __global__ void __launch_bounds__(kBlock) copy_kernel(const __grid_constant__ CopyParams p) {
   begin_kernel();
   const CopyCache& c = p.caches[blockIdx.y];
   const Quotient at = divide(int64_t(blockIdx.x), p.pieces);  // pair, piece
-  if (at.r * kPiece<kBlock> >= c.bytes) return;
+  if (at.r * kCopyPiece >= c.bytes) return;
   const int64_t from = p.pairs[2 * at.q], to = p.pairs[2 * at.q + 1];
   if (from < 0 || from >= c.blocks || to < 0 || to >= c.blocks || from == to) return;
-  copy_piece<kBlock>(c.data + from * c.bytes, c.data + to * c.bytes, c.bytes, at.r, c.width);
+  with_word(c.width, [&](auto word) {
+    copy_words<decltype(word)>(c.data + from * c.bytes, c.data + to * c.bytes, c.bytes, at.r);
+  });
 }
 
 // swap_blocks
@@ -364,16 +411,25 @@ void reshape_and_cache_cuda(Tensor key, Tensor value, Tensor key_cache, Tensor v
   p.slots = slot_mapping.const_data_ptr<int64_t>();
   p.rows = key.size(0) * key.size(1);
   p.heads = key.size(1);
-  p.chunks = int(key.size(2) / kChunk);
+  const int chunks = int(key.size(2) / kChunk);
   const bool aligned = is_aligned(key, {0, 1}) && is_aligned(value, {0, 1});
-  const dim3 block(row_lanes(key.size(2)), kBlock / row_lanes(key.size(2)));
-  const unsigned grid = ceil_div(p.rows, block.y);
+  // What is quantised takes as long to work out as to move: two chunks a lane have 0.6 of the instructions of one.
+  const bool pairs = aligned && chunks % 2 == 0 && p.rows * chunks >= kManyChunks;
   const cudaStream_t stream = current_stream(key);
   dispatch_cuda(key.scalar_type(), op, [&](auto tag) {
     using T = decltype(tag);
     dispatch_cache<T>(key_cache.scalar_type(), [&](auto stored) {
       using C = decltype(stored);
-      launch_kernel(aligned ? write_kernel<T, C, true> : write_kernel<T, C, false>, grid, block, 0, stream, p);
+      const auto run = [&](auto kernel, int parts) {
+        p.chunks = chunks / parts;
+        const unsigned lanes = row_lanes(p.chunks * kChunk);
+        const dim3 block(lanes, kBlock / lanes);
+        launch_kernel(kernel, ceil_div(p.rows, block.y), block, 0, stream, p);
+      };
+      if constexpr (kQuantized<C>) {
+        if (pairs) return run(write_kernel<T, C, true, 2>, 2);
+      }
+      run(aligned ? write_kernel<T, C, true, 1> : write_kernel<T, C, false, 1>, 1);
     });
   });
 }
@@ -406,7 +462,8 @@ Pair gather_cache_cuda(Tensor key_cache, Tensor value_cache, Tensor block_tables
   p.key = key.mutable_data_ptr();
   p.value = value.mutable_data_ptr();
   p.total = total_tokens;
-  p.chunks = int(head_dim / kChunk);
+  p.chunks = head_dim / kChunk;
+  p.row = heads * p.chunks.d;
   const cudaStream_t stream = current_stream(key_cache);
   dispatch_cuda(dtype, op, [&](auto tag) {
     using T = decltype(tag);
@@ -438,7 +495,7 @@ void copy_blocks_cuda(std::vector<Tensor> caches, Tensor block_mapping) {
       const int64_t bytes = block_bytes(c);
       char* data = static_cast<char*>(c.mutable_data_ptr());
       p.caches[i] = {data, bytes, c.size(0), word_width(data, data, bytes)};
-      pieces = std::max<int64_t>(pieces, ceil_div(bytes, kPiece<kBlock>));
+      pieces = std::max<int64_t>(pieces, ceil_div(bytes, kCopyPiece));
     }
     p.pieces = pieces;
     launch_kernel(copy_kernel, dim3(unsigned(pairs * pieces), unsigned(count)), kBlock, 0, stream, p);

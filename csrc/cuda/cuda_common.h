@@ -45,8 +45,9 @@ inline cudaStream_t current_stream(const Tensor& t) {
 // A kernel launched by launch_kernel() may start while the one in front of it in the stream still runs (programmatic
 // dependent launch, sm_90 and later): a part of the microsecond from the end of a kernel to the first instruction of
 // the next is gone, in a CUDA graph too (reshape_and_cache of one token: 0.97 us for 1.27, together with an earlier
-// load). In return, no thread may touch memory before wait_for_previous(), prefetches into L2 and guess() apart, and each
-// must call it: a block that ended without waiting would let the kernel behind it go ahead of the one in front.
+// load). In return, no thread may touch memory before wait_for_previous(), prefetches into L2, guess() and packed
+// weights apart, which no kernel writes that lets others start, and every thread must call it: a block that ended
+// without waiting would let the kernel behind it go ahead of the one in front.
 //
 // Such a kernel must not load by __ldg: the compiler takes what it reads for constant, and moves the load up across the
 // wait. (Products of 4-bit weights read inputs that were not written yet, in graphs of whole models alone.)

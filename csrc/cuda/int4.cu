@@ -329,7 +329,8 @@ Tensor int4_product(const char* op, const Tensor& x, Int4Params& p, const OptTen
   const auto on_packed =
       x.scalar_type() == ScalarType::Half ? launch_packed_wgmma<__half> : launch_packed_wgmma<__nv_bfloat16>;
   if (narrow && p.offsets && p.m >= kPackedWgmma && p.m < kPackedExpand && on_packed(p, false, input, stream)) return y;
-  if (narrow && (p.m >= (p.offsets ? kInt4ExpandOffsets : kInt4Expand) || p.k == 0)) {
+  const bool many = p.m >= (p.offsets ? kInt4ExpandOffsets : kInt4Expand) && !int4_is_small(p, int4_device().sms);
+  if (narrow && (many || p.k == 0)) {
     if (p.k > 0)
       expand(p, input, bias, y, stream), p.bias = nullptr;
     else

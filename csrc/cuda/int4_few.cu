@@ -11,21 +11,23 @@
 // for each pair of weights, and scales of any type lose nothing. The numbers of a step are made while the products of
 // the one before run.
 //
-// Few tiles: the CTAs of a cluster share the inputs of one, and each adds up the sums of every so many-th warp, in the
-// order of their ranks, which the others write to its shared memory. All orders are fixed by the shapes: equal calls
-// give equal bits. Nothing runs in front or behind. (Stream-K filled all SMs, but a kernel in front that arranged x and
-// one behind that added up took 9 us of 26 for 64 rows of 14336 x 4096: neither fits beside a CTA that has all
-// registers of an SM, so nothing overlapped.)
+// Few tiles: the CTAs of a cluster share the inputs of one, and each adds up the sums of every so many-th warp, its own
+// and then those that the others write to its shared memory, in the order of their ranks. All orders are fixed by the
+// shapes: equal calls give equal bits. Nothing runs in front or behind. (Stream-K filled all SMs, but with a kernel in
+// front that arranged x and one behind that added up: about 10 us of 26 for 64 rows of 14336 x 4096 did not grow with
+// the weights. Neither fits beside a CTA that has all registers of an SM, so little overlapped.)
 //
 // Floor: the larger of bytes of W / 4.28 TB/s and 2 m n k / 790 TFLOP/s (an H200's): 7.2 us for 14336 x 4096. Measured,
 // us, at m = 16, 32, 64 (in parentheses with stream-K):
-//   4096 x 4096     8.4         9.5         12.1 (14.6)
-//   14336 x 4096   15.6 (17.4) 16.8 (20.0)  20.7 (26.1)
-//   28672 x 4096   26.2 (24.8) 28.3 (31.7)  36.8 (40.7)
-// A stage takes 0.6 us of 32 rows and 0.85 of 64; about 6 us are start, first copies and exchange.
+//   6144 x 4096      -           10.8 (14.5)  13.7 (16.7)
+//   14336 x 4096   15.8 (17.4)   16.9 (20.0)  20.8 (26.1)
+//   4096 x 14336     -           19.6 (20.9)  24.5 (26.1)
+//   28672 x 4096   26.4 (24.8)   28.4 (31.7)  35.7 (40.7)
+// A stage takes 0.6 us of 32 rows and 0.85 of 64, for a wgmma with A from registers takes about 25 cycles more than its
+// columns ask for. Another 5 to 7 us are start, first copies and exchange; another round of a cluster takes 4 of them.
 //
-// Tried: products by mma.sync, x as it lies, 16 warps: 14.6, 20.2, 31.1 us for 14336 x 4096. A wgmma with A from
-// registers takes about 25 cycles more than its columns ask for, which few columns do not hide.
+// Tried: products by mma.sync, x as it lies, 16 warps: 14.6, 20.2, 31.1 us for 14336 x 4096. The first words ahead of
+// the cluster's meeting: half a us more.
 #include <algorithm>
 #include <array>
 #include <mutex>
@@ -372,12 +374,12 @@ const std::array<int, kMostSize + 1>& running_clusters(const Int4Device& device)
 // As many CTAs a cluster as make the rounds of tiles short. The times are an H200's.
 Cut choose(const Int4Params& p, const std::array<int, kMostSize + 1>& running) {
   const int tiles = int(ceil_div(p.n, kOutputs)), stages = int(ceil_div(p.k_padded, kInt4Block * kSlices));
-  const double stage = p.m <= 16 ? 0.58 : p.m <= 32 ? 0.62 : p.m <= 48 ? 0.72 : 0.85;
+  const double stage = p.m <= 32 ? 0.62 : p.m <= 48 ? 0.72 : 0.85;
   Cut best{};
   for (int size = 1; size <= std::min(kMostSize, stages); ++size) {
     if (running[size] == 0) continue;
     const int rounds = int(ceil_div(tiles, running[size]));
-    const double time = 4.5 + rounds * (int(ceil_div(stages, size)) * stage + (size > 1 ? 1.2 : 0));
+    const double time = 4.5 + rounds * int(ceil_div(stages, size)) * stage + (size > 1 ? 4 * rounds - 2.8 : 0);
     if (best.size == 0 || time < best.time) best = {size, std::min(tiles, running[size]), time};
   }
   return best;
@@ -421,7 +423,7 @@ bool launch_int4_few<PAGEDKV_TYPE>(const Int4Params& p, cudaStream_t stream) {
   const Int4Device& d = int4_device();
   if (!d.has_wgmma) return false;
   const Cut by = choose(p, running_clusters<T>(d));
-  if (by.time >= without(p, d.sms)) return false;
+  if (by.time >= 0.95 * without(p, d.sms)) return false;
   const auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
     const bool whole = p.group >= p.k || p.group % (kSlices * kInt4Block) == 0;  // a stage in one group
     return (whole ? launch<Shape<kRows, 1>, T> : launch<Shape<kRows, kSlices>, T>)(p, by, stream);

@@ -3,13 +3,13 @@
 //
 // Weights with offsets, float32 scales and odd sizes stay with int4_mma.cu or int4.cu.
 //
-// Algorithm: y^T = W x^T, W from registers as the A operand, x from shared memory as B. A tile is 128 outputs and kRows
-// rows, 256 or 128. Warpgroups:
+// Algorithm: y^T = W x^T, W from registers as the A operand, x from shared memory as B. A tile is 128 or 192 outputs
+// and kRows rows, 256, 128 or 64. Warpgroups:
 //   producer   copies x and words (boxes of the copy engine), scales and zeros (cp.async) into a ring of stages, also
 //              across tiles
-//   consumers  two, each 64 outputs and all rows: a number is made once for 256 rows. A warp has 16 outputs, half of a
-//              block of 32, of which a lane has two neighbours. Numbers of a batch of inputs are made while the
-//              products of the batch before run: of 32 with 256 rows, of 64 with 128, for equal times.
+//   consumers  two or three, each 64 outputs and all rows: a number is made once for 256 rows. A warp has 16 outputs,
+//              half of a block of 32, of which a lane has two neighbours. Numbers of a slice of 32 inputs are made
+//              while the products of the slice before run.
 // A lane of a fragment needs pair t of words, t = its place in its row of four: those four read the same words
 // (broadcast), and each shifts by its own 4 t. So inputs keep their order, and x is read as it is.
 //
@@ -17,9 +17,10 @@
 // under bfloat16 activations is kept as the sum of two bfloat16, one product and one fused multiply-add.
 //
 // Sums go to y by way of shared memory, as boxes. For many rows, two CTAs side by side in the outputs are a cluster,
-// and each copies half of x for both. CTAs stay, and take whole tiles in turn; the tiles of the last round, if they do
-// not fill it, may be cut along K, whose sums go to memory and are added up in order by reduce_kernel. All orders are
-// fixed by the shapes: equal calls give equal bits.
+// and each copies half of x for both. CTAs stay, and take whole tiles in turn. Tiles of the last round, if they do not
+// fill it, may be cut along K: between the CTAs of a cluster, which exchange sums through their shared memory,
+// or in more parts, whose sums go to memory and are added up in order by reduce_kernel. All orders are fixed by the
+// shapes: equal calls give equal bits.
 //
 // Floor: 2 m n k / 790 TFLOP/s (an H200's). 14336 x 4096 at m = 256 (1024), us: 45 (161), cuBLAS on weights of 16 bits
 // 45 (151).
@@ -31,8 +32,17 @@
 // loaded before the products in front of theirs: 173. Words ahead into L2: 20 more. Tiles of the last round cut along
 // K: 161.
 //
-// A warp that issues a product of registers seems to wait for those before it: with 128 rows numbers take so long that
-// two warpgroups do not hide them, 28 us a tile for 22 without.
+// Where the time goes, in cycles (6144 x 4096 at m = 256, tiles of 256 rows in halves of K; 1.8 GHz): until the kernel
+// in front is done 1300, x arrives 3700, products 33500 (32768 at the tensor cores' rate), exchange 5700, y 2400; 26 us
+// for 30 with the sums by way of memory. Remote stores run at some 17 bytes a cycle, so that 64 KB take 3800 of the
+// exchange. Three consumers with 128 rows, whose exchange is 48 KB and which leave 4 SMs idle for 36: 25 us.
+//
+// With 128 rows making numbers is not hidden: 41000 cycles a tile of 4096 inputs, 36000 without (ideal 32768); with
+// three consumers 61000, 51000 without (49152). It is not for lack of slots to issue in, 25 instructions for 64 cycles
+// of products. Products of 16, 32 or 64 inputs at a time: equal within 3 %. Consumers that take turns at the tensor
+// cores (named barriers): 47000. Clusters of four, for quarters of K: only 30 fit on the 132 SMs. Three consumers with
+// y in one turn, as now, have room for three stages, with two turns for four: 11008 x 4096 at m = 256 took 40 us with
+// four, 45 with three, in different runs.
 #include <cuda.h>
 
 #include <algorithm>
@@ -46,18 +56,19 @@
 namespace pagedkv {
 namespace {
 
-constexpr int kOutputs = 128, kBlocks = kOutputs / kInt4Block;    // of a tile
-constexpr int kConsumers = 2, kThreads = 128 * (1 + kConsumers);  // warpgroups
-
 // Shared memory of a stage: x, boxes [kRows, 64] as wgmma.cuh has it; words [blocks][4 kSlices][32]; of each slice that
 // begins a group, and the first one, scales and zeros [outputs].
-template <int kRows_>
+template <int kRows_, int kConsumers_>
 struct Shape {
-  static constexpr int kRows = kRows_;
-  static constexpr int kInputs = 64 * 256 / kRows, kSlices = kInputs / kInt4Block;  // slices of 32
+  static constexpr int kConsumers = kConsumers_, kThreads = 128 * (1 + kConsumers);  // warpgroups
+  static constexpr int kProducerRegisters = kConsumers > 2 ? 32 : 40;                // setmaxnreg
+  static constexpr int kConsumerRegisters = kConsumers > 2 ? 160 : 232;
+  static constexpr int kRows = kRows_, kOutputs = 64 * kConsumers, kBlocks = kOutputs / kInt4Block;  // of a tile
+  static constexpr int kInputs = kRows == 256 ? 64 : 128, kSlices = kInputs / kInt4Block;            // slices of 32
   static constexpr int kXBytes = kRows * kInputs * 2, kWordBytes = kOutputs * kInputs / 2, kFactorBytes = 3 * kOutputs;
   static constexpr int kStageBytes = (kXBytes + kWordBytes + kSlices * kFactorBytes + 1023) / 1024 * 1024;
-  static constexpr int kTurns = 2;                        // in which sums go to y
+  static constexpr int kQuarter = kRows / 4;              // rows of a box of y
+  static constexpr int kTurns = kRows == 256 ? 2 : 1;     // in which sums go to y
   static constexpr int kOutBytes = kRows * 128 / kTurns;  // of a consumer's outputs on their way there
   static constexpr int kStages = (226 * 1024 - kConsumers * kOutBytes) / kStageBytes;
   static constexpr int kBytes = kConsumers * kOutBytes + kStages * (kStageBytes + 16);  // with barriers
@@ -77,9 +88,11 @@ struct Work {
   int stages;                              // of a tile
   int row_tiles, output_tiles, per_group;  // tiles of clusters; row tiles that are next to each other
   int whole;                               // tiles that are not cut along K
-  int parts, of_part;                      // of the others, and their stages
+  int parts, of_part;                      // items of each of the others, and their stages
   int items;                               // of all clusters: tiles and parts of tiles
-  float4* partial;                         // [tiles of CTAs that are cut][parts][kRows / 8][threads of the consumers]
+  int share;        // CTAs of a tile of clusters, side by side in the outputs, which copy x for each other
+  bool exchange;    // the CTAs of a cluster have a part each of a tile that is cut, a CTA's
+  float4* partial;  // [tiles of CTAs that are cut][parts][kRows / 8][threads of the consumers]
 };
 
 struct Place {
@@ -119,16 +132,21 @@ __device__ __forceinline__ int lane_output(int warp, int lane) { return warp * 1
 
 #ifdef PAGEDKV_WGMMA
 
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;  // setmaxnreg
-
 struct Item {
-  int tile, begin, end;  // stages
-  int slot;              // of `partial`, for each CTA of the cluster; -1: this is the whole tile
+  int tile, which;  // of clusters, the CTA's place in it
+  int begin, end;   // stages
+  int slot;         // of `partial`, for each CTA of the cluster; -1: none
+  bool exchange;    // with the cluster's other CTAs, which have other stages
 };
-__device__ __forceinline__ Item find_item(const Work& w, int item) {
-  if (item < w.whole) return {item, 0, w.stages, -1};
-  const int slot = item - w.whole, cut = slot / w.parts, begin = (slot - cut * w.parts) * w.of_part;
-  return {w.whole + cut, begin, min(begin + w.of_part, w.stages), slot};
+__device__ __forceinline__ Item find_item(const Work& w, int item, int rank, int size) {
+  if (item < w.whole) return {item, rank, 0, w.stages, -1, false};
+  const int slot = item - w.whole;
+  if (w.exchange) {
+    const int cut = slot / w.share;
+    return {w.whole + cut, slot - cut * w.share, w.stages * rank / size, w.stages * (rank + 1) / size, -1, true};
+  }
+  const int cut = slot / w.parts, begin = (slot - cut * w.parts) * w.of_part;
+  return {w.whole + cut, rank, begin, min(begin + w.of_part, w.stages), slot, false};
 }
 
 // Three warps: a lane copies x, a lane words, and all lanes of the third scales and zeros. Copies of the copy engine
@@ -143,20 +161,30 @@ __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, B
   const int clusters = int(gridDim.x) / size;
   wait_for_previous();
   for (int item = int(blockIdx.x) / size; item < work.items; item += clusters) {
-    const Item it = find_item(work, item);
+    const Item it = find_item(work, item, rank, size);
     const Place at = find_place(work, it.tile);
-    const int tile = at.output * size + rank;
+    const int tile = at.output * work.share + it.which;
     if (warp == 0) {
-      const int share = S::kRows / size, row = at.row * S::kRows + rank * share;
+      // Boxes of x that are this CTA's to copy, and for how many
+      const int share = S::kRows / work.share, first = it.exchange ? 0 : rank;
+      const int last = it.exchange ? work.share : rank + 1, others = it.exchange ? 1 : size;
+      const int row = at.row * S::kRows;
 #pragma unroll 1
       for (int stage = it.begin; stage < it.end; ++stage) {
         uint64_t& full = barriers.full[ring.index];
-        const uint32_t to = shared + ring.index * S::kStageBytes + rank * share * 128;
+        const uint32_t to = shared + ring.index * S::kStageBytes;
         wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
         wgmma::barrier_arrive_expecting(full, S::kXBytes);
+#pragma unroll 1
+        for (int box = first; box < last; ++box)
 #pragma unroll
-        for (int i = 0; i < S::kInputs / 64; ++i)
-          wgmma::copy_box_to_all(to + i * S::kRows * 128, work.x, full, stage * S::kInputs + i * 64, row, size);
+          for (int i = 0; i < S::kInputs / 64; ++i) {
+            const uint32_t target = to + i * S::kRows * 128 + box * share * 128;
+            if (others == 1)
+              wgmma::copy_box(target, work.x, full, stage * S::kInputs + i * 64, row + box * share, 0, 0);
+            else
+              wgmma::copy_box_to_all(target, work.x, full, stage * S::kInputs + i * 64, row + box * share, others);
+          }
         ring.advance();
       }
     } else if (warp == 1) {
@@ -166,27 +194,26 @@ __device__ __forceinline__ void produce(const Int4Params& p, const Work& work, B
         wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
         wgmma::barrier_arrive_expecting(full, S::kWordBytes);
         wgmma::copy_box(shared + ring.index * S::kStageBytes + S::kXBytes, work.words, full, 0, stage * S::kSlices,
-                        tile * kBlocks, 0);
+                        tile * S::kBlocks, 0);
         ring.advance();
       }
     } else {
-      // A lane has 8 scales, or 16 zeros
-      const bool zero = lane >= 16;
-      const int output = zero ? (lane - 16) * 16 : lane * 8, n = tile * kOutputs + output;
-      const bool has = n < p.n && (zero ? p.zeros && lane < 24 : true);
-      const uint32_t target = shared + S::kXBytes + S::kWordBytes + (zero ? 2 * kOutputs + output : 2 * output);
+      // A lane has 8 scales and 16 zeros
+      const int n = tile * S::kOutputs + lane * 8, zero_n = n + lane * 8;
+      const bool scales = lane < S::kOutputs / 8, has = n < p.n;
+      const bool zeros = p.zeros && lane < S::kOutputs / 16 && zero_n < p.n;
+      const uint32_t target = shared + S::kXBytes + S::kWordBytes + lane * 16;
       int slice = it.begin * S::kSlices, group = slice / work.of_group, in_group = slice - group * work.of_group;
 #pragma unroll 1
       for (int stage = it.begin; stage < it.end; ++stage) {
         wgmma::barrier_wait(barriers.empty[ring.index], ring.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < S::kSlices; ++i, ++slice) {
-          if (slice < work.slices && (in_group == 0 || (stage == it.begin && i == 0)) && lane < 24) {
-            const int64_t from = has ? group * p.n + n : 0;
-            cp_async<16>(target + ring.index * S::kStageBytes + i * S::kFactorBytes,
-                         zero && p.zeros ? static_cast<const void*>(p.zeros + from)
-                                         : static_cast<const char*>(p.scales) + from * 2,
-                         has);
+          if (slice < work.slices && (in_group == 0 || (stage == it.begin && i == 0))) {
+            const uint32_t to = target + ring.index * S::kStageBytes + i * S::kFactorBytes;
+            const int64_t from = group * p.n;
+            if (scales) cp_async<16>(to, static_cast<const char*>(p.scales) + (has ? (from + n) * 2 : 0), has);
+            if (zeros) cp_async<16>(to + 2 * S::kOutputs, p.zeros + from + zero_n, true);
           }
           if (++in_group == work.of_group) in_group = 0, ++group;
         }
@@ -209,11 +236,12 @@ __device__ __forceinline__ void make_weights(const F& factors, const uint2 (&wor
       a[j / 2][b + j % 2 * 2] = factors.weights((b == 0 ? words[j].x : words[j].y) >> shift, b);
 }
 
-// A lane's sums of a tile: d[4 j + 2 h + e] is output n + h of row 8 j + e. Each step goes over all of them, for what
-// is unrolled here must stay small: with everything done for a pair at a time, 128 rows of code took longer to fetch
-// than the products (30 us a tile).
+// A lane's sums of a tile: d[4 j + 2 h + e] is output n + h of row 8 j + e; rows begin .. end count. Each step goes
+// over all of them, for what is unrolled here must stay small: with everything done for a pair at a time, 128 rows of
+// code took longer to fetch than the products (30 us a tile).
 template <class T, int kSums>
-__device__ __forceinline__ void finish_tile(const Int4Params& p, int64_t row, int64_t n, float (&d)[kSums]) {
+__device__ __forceinline__ void finish_tile(const Int4Params& p, int64_t row, int64_t n, int begin, int end,
+                                            float (&d)[kSums]) {
   if (n >= p.n) return;
   if (p.bias) {
     const auto bias = load_vec<T, 2>(static_cast<const T*>(p.bias) + n);
@@ -236,7 +264,7 @@ __device__ __forceinline__ void finish_tile(const Int4Params& p, int64_t row, in
     const T* from = static_cast<const T*>(p.residual) + row * p.n + n;
 #pragma unroll
     for (int i = 0; i < kSums / 2; ++i) {  // j, e
-      if (row + i / 2 * 8 + i % 2 < p.m) {
+      if (row + i / 2 * 8 + i % 2 < p.m && i / 2 * 8 >= begin && i / 2 * 8 < end) {
         const auto residual = load_vec<T, 2>(from + (i / 2 * 8 + i % 2) * p.n);
         d[i / 2 * 4 + i % 2] += to_float(residual.v[0]), d[i / 2 * 4 + 2 + i % 2] += to_float(residual.v[1]);
       }
@@ -260,30 +288,63 @@ __device__ __forceinline__ void stage_rows(unsigned char* box, int warp, int lan
   }
 }
 
+// Sums of a tile that two CTAs have a part of each: each gets its half of the rows from the other, by way of its ring,
+// which is free when both have come here.
+template <class S>
+__device__ __forceinline__ void exchange(unsigned char* ring, int thread, int rank, float (&sum)[S::kSums]) {
+  constexpr int kHalf = S::kSums / 2, kConsuming = 128 * S::kConsumers;
+  static_assert(kHalf * 4 * kConsuming <= S::kStages * S::kStageBytes);
+  float4* const box = reinterpret_cast<float4*>(ring) + thread;
+  wgmma::cluster_sync();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half == rank) continue;
+#pragma unroll
+    for (int j = 0; j < kHalf / 4; ++j) {
+      const float* const d = sum + half * kHalf + 4 * j;
+      wgmma::store_at(box + j * kConsuming, half, make_float4(d[0], d[1], d[2], d[3]));
+    }
+  }
+  wgmma::cluster_sync();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (half != rank) continue;
+#pragma unroll
+    for (int j = 0; j < kHalf / 4; ++j) {
+      const float4 v = box[j * kConsuming];
+      float* const d = sum + half * kHalf + 4 * j;
+      d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+    }
+  }
+}
+
 template <class S, class T, bool kSplit>
 __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, Barriers<S::kStages>& barriers,
-                                        const unsigned char* shared, unsigned char* out, int warp, int lane, int rank,
+                                        unsigned char* shared, unsigned char* out, int warp, int lane, int rank,
                                         int size) {
-  constexpr int kBatch = S::kSlices / 2;  // slices whose products are issued together
   const int t = lane & 3, g = lane >> 2, output = lane_output(warp, lane);
   const uint64_t x_base = wgmma::descriptor(smem_address(shared), 16);
   const unsigned char* const words = shared + S::kXBytes + warp / 2 * (S::kSlices * 512) + warp % 2 * 64 + g * 8;
   const unsigned char* const scales = shared + S::kXBytes + S::kWordBytes + 2 * output;
-  const unsigned char* const zeros = shared + S::kXBytes + S::kWordBytes + 2 * kOutputs + output;
+  const unsigned char* const zeros = shared + S::kXBytes + S::kWordBytes + 2 * S::kOutputs + output;
 
+  bool alone = false;  // no other CTA copies to this one's ring
   auto release = [&](int index) {
     __syncwarp();
-    if (lane < size) wgmma::barrier_arrive_at(barriers.empty[index], lane);
+    if (lane < size) wgmma::barrier_arrive_at(barriers.empty[index], alone ? rank : lane);
   };
   wgmma::Ring<S::kStages> ring;
   const int clusters = int(gridDim.x) / size;
   for (int item = int(blockIdx.x) / size; item < work.items; item += clusters) {
-    const Item it = find_item(work, item);
+    const Item it = find_item(work, item, rank, size);
+    const Place at = find_place(work, it.tile);
+    const int row = at.row * S::kRows, n = (at.output * work.share + it.which) * S::kOutputs;
+    alone = it.exchange;
     float sum[S::kSums];
 #pragma unroll
     for (int i = 0; i < S::kSums; ++i) sum[i] = 0.f;
     wgmma::pin(sum);
-    uint32_t a[2][kBatch][2][4];
+    uint32_t a[2][2][4];
     Int4Factors<T, kSplit, 2> factors;
     int left = 0, span = work.of_group - it.begin * S::kSlices % work.of_group;  // slices of this group, of the next
     int before = -1;
@@ -301,33 +362,24 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
       const uint64_t x = x_base + base / 16;
       ring.advance();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int s = 0; s < kBatch; ++s) {
-          const int slice = i * kBatch + s;
-          if (left == 0 && stage * S::kSlices + slice < work.slices) {  // beyond, x is 0
-            const int from = base + slice * S::kFactorBytes;
-            const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + from);
-            factors.set([&](int) { return pair; },
-                        p.zeros ? *reinterpret_cast<const uint16_t*>(zeros + from) : 0x0808u);
-            left = span, span = work.of_group;
-          }
-          --left;
-          make_weights(factors, word[slice], 4 * t, a[i][s]);
+      for (int slice = 0; slice < S::kSlices; ++slice) {
+        if (left == 0 && stage * S::kSlices + slice < work.slices) {  // beyond, x is 0
+          const int from = base + slice * S::kFactorBytes;
+          const uint32_t pair = *reinterpret_cast<const uint32_t*>(scales + from);
+          factors.set([&](int) { return pair; }, p.zeros ? *reinterpret_cast<const uint16_t*>(zeros + from) : 0x0808u);
+          left = span, span = work.of_group;
         }
-        if (i == 1 && stage + 1 < it.end) load();
+        --left;
+        make_weights(factors, word[slice], 4 * t, a[slice % 2]);
+        if (slice == S::kSlices - 1 && stage + 1 < it.end) load();
         wgmma::fence();
 #pragma unroll
-        for (int s = 0; s < kBatch; ++s)
-#pragma unroll
-          for (int step = 0; step < 2; ++step) {
-            const int slice = i * kBatch + s;
-            wgmma::multiply_add<T, S::kRows, false>(sum, a[i][s][step],
-                                                    x + slice / 2 * (S::kRows * 8) + slice % 2 * 4 + step * 2);
-          }
+        for (int step = 0; step < 2; ++step)
+          wgmma::multiply_add<T, S::kRows, false>(sum, a[slice % 2][step],
+                                                  x + slice / 2 * (S::kRows * 8) + slice % 2 * 4 + step * 2);
         wgmma::commit();
-        wgmma::wait<1>();  // the batch before is done
-        if (i == 0 && before >= 0) release(before);
+        wgmma::wait<1>();  // the slice before is done
+        if (slice == 0 && before >= 0) release(before);
       }
       before = index;
     }
@@ -336,28 +388,39 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
     release(before);
 
     if (it.slot >= 0) {
-      float4* const to = work.partial + (int64_t(it.slot) * size + rank) * (S::kSums / 4 * 128 * kConsumers);
+      float4* const to = work.partial + (int64_t(it.slot) * size + rank) * (S::kSums / 4 * 128 * S::kConsumers);
 #pragma unroll
       for (int j = 0; j < S::kSums / 4; ++j)
-        to[j * (128 * kConsumers) + warp * 32 + lane] =
+        to[j * (128 * S::kConsumers) + warp * 32 + lane] =
             make_float4(sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]);
     } else {
-      const Place at = find_place(work, it.tile);
-      const int row = at.row * S::kRows, n = (at.output * size + rank) * kOutputs;
+      int begin = 0, end = 4;  // quarters of the rows
+      if (it.exchange) exchange<S>(shared, warp * 32 + lane, rank, sum), begin = 2 * rank, end = begin + 2;
+      finish_tile<T>(p, row + 2 * t, n + output, begin * S::kQuarter, end * S::kQuarter, sum);
       const bool issues = warp % 4 == 0 && lane == 0;
-      finish_tile<T>(p, row + 2 * t, n + output, sum);
       unsigned char* const box = out + warp / 4 * S::kOutBytes;
-      auto turn = [&]<int kTurn>(std::integral_constant<int, kTurn>) {
-        constexpr int kCount = S::kSums / 4 / S::kTurns;
+      constexpr int kOf = 4 / S::kTurns;  // quarters of a turn
+      auto quarter = [&]<int kQuarter>(std::integral_constant<int, kQuarter>) {
+        constexpr int kCount = S::kQuarter / 8;
+        if (kQuarter >= begin && kQuarter < end)
+          stage_rows<T, kQuarter * kCount, kCount>(box + kQuarter % kOf * (S::kQuarter * 128), warp % 4, lane, sum);
+      };
+      auto turn = [&]<int kTurn, int... kQuarter>(std::integral_constant<int, kTurn>,
+                                                  std::integer_sequence<int, kQuarter...>) {
+        const int first = max(begin, kTurn * kOf), last = min(end, (kTurn + 1) * kOf);
+        if (first >= last) return;
         if (issues) wgmma::wait_stores<true>();  // what was there has been read
         wgmma::named_sync(1 + warp / 4, 128);
-        stage_rows<T, kTurn * kCount, kCount>(box, warp % 4, lane, sum);
+        (quarter(std::integral_constant<int, kTurn * kOf + kQuarter>()), ...);
         wgmma::fence_async_proxy();
         wgmma::named_sync(1 + warp / 4, 128);
-        if (issues) wgmma::store_box(work.y, smem_address(box), n + warp / 4 * 64, row + kTurn * kCount * 8);
+        if (!issues) return;
+        for (int q = first; q < last; ++q)
+          wgmma::store_box(work.y, smem_address(box) + q % kOf * (S::kQuarter * 128), n + warp / 4 * 64,
+                           row + q * S::kQuarter);
       };
       [&]<int... kTurn>(std::integer_sequence<int, kTurn...>) {
-        (turn(std::integral_constant<int, kTurn>()), ...);
+        (turn(std::integral_constant<int, kTurn>(), std::make_integer_sequence<int, kOf>()), ...);
       }(std::make_integer_sequence<int, S::kTurns>());
     }
   }
@@ -367,99 +430,125 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, B
 #endif
 
 template <class S, class T, bool kSplit>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(S::kThreads, 1)
     int4_many_kernel(const __grid_constant__ Int4Params p, const __grid_constant__ Work work) {
 #ifdef PAGEDKV_WGMMA
   extern __shared__ __align__(1024) unsigned char out[];
-  unsigned char* const shared = out + kConsumers * S::kOutBytes;
+  unsigned char* const shared = out + S::kConsumers * S::kOutBytes;
   auto& barriers = *reinterpret_cast<Barriers<S::kStages>*>(shared + S::kStages * S::kStageBytes);
   const int lane = threadIdx.x & 31;
   const int warp = __shfl_sync(~0u, int(threadIdx.x >> 5), 0);  // tells the compiler that it is uniform
   const int rank = wgmma::cluster_rank(), size = wgmma::cluster_size();
   release_next();
   if (threadIdx.x == 0) {
+    wgmma::prefetch_map(work.x), wgmma::prefetch_map(work.words), wgmma::prefetch_map(work.y);
     for (int i = 0; i < S::kStages; ++i) {
       wgmma::barrier_init(barriers.full[i], kArrivals);
-      wgmma::barrier_init(barriers.empty[i], 4 * kConsumers * size);
+      wgmma::barrier_init(barriers.empty[i], 4 * S::kConsumers * size);
     }
     wgmma::fence_barriers();
   }
   wgmma::cluster_sync();
   if (warp < 4) {
-    wgmma::give_registers<kProducerRegisters>();
+    wgmma::give_registers<S::kProducerRegisters>();
     produce<S>(p, work, barriers, smem_address(shared), warp, lane, rank, size);
   } else {
-    wgmma::take_registers<kConsumerRegisters>();
+    wgmma::take_registers<S::kConsumerRegisters>();
     consume<S, T, kSplit>(p, work, barriers, shared, out, warp - 4, lane, rank, size);
   }
-  if (size > 1) wgmma::cluster_sync();  // the other CTA of the cluster may still arrive here
+  // In exchange() all threads of a cluster meet twice, and nothing of another CTA comes here afterwards. Else the other
+  // CTA of the cluster may still arrive here.
+  const int clusters = int(gridDim.x) / size, first = int(blockIdx.x) / size;
+  const bool exchanges = work.exchange && first + (work.items - 1 - first) / clusters * clusters >= work.whole;
+  if (exchanges && warp < 4) {
+    __syncwarp();
+    wgmma::cluster_sync();
+    wgmma::cluster_sync();
+  }
+  if (!exchanges && size > 1) wgmma::cluster_sync();
 #endif
 }
 
 // The sums of tiles that were cut along K, in the order of their inputs. One CTA for 8 rows of a CTA's tile, whose
 // threads have the outputs of the consumers.
 template <class S, class T>
-__global__ void __launch_bounds__(128 * kConsumers)
+__global__ void __launch_bounds__(128 * S::kConsumers)
     reduce_kernel(const __grid_constant__ Int4Params p, const __grid_constant__ Work work, int size) {
   const int cut = int(blockIdx.x) / size, rank = int(blockIdx.x) - cut * size;
   const int j = int(blockIdx.y), thread = int(threadIdx.x);
   release_next();
   wait_for_previous();
-  constexpr int kPart = S::kSums / 4 * 128 * kConsumers;
+  constexpr int kPart = S::kSums / 4 * 128 * S::kConsumers;
   const float4* const from = work.partial + (int64_t(cut) * work.parts * size + rank) * kPart + thread;
   float4 sum = {};
 #pragma unroll 4
   for (int i = 0; i < work.parts; ++i) {
-    const float4 v = from[int64_t(i) * size * kPart + j * (128 * kConsumers)];
+    const float4 v = from[int64_t(i) * size * kPart + j * (128 * S::kConsumers)];
     sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
   }
   const Place at = find_place(work, work.whole + cut);
-  const int64_t n = int64_t(at.output * size + rank) * kOutputs + lane_output(thread / 32, thread % 32);
+  const int64_t n = int64_t(at.output * size + rank) * S::kOutputs + lane_output(thread / 32, thread % 32);
   const int64_t row = int64_t(at.row) * S::kRows + 8 * j + 2 * (thread & 3);
   float even[2] = {sum.x, sum.z}, odd[2] = {sum.y, sum.w};
   store_outputs<T, 2>(p, row, n, even);
   store_outputs<T, 2>(p, row + 1, n, odd);
 }
 
-// How a product is cut up: rows of a tile, CTAs of a cluster, and the parts that K is cut into in the tiles of the
-// last, unfilled round. Clusters pay where many tiles of the same x are under way: 305 us for 324 at 2048 x 14336 x
-// 4096, but 62 for 60 at 128 x 28672 x 4096.
+// Kinds of tiles, and their times in us on an H200: of a tile with 4096 inputs, of an exchange.
+struct Kind {
+  int rows, consumers;
+  double tile, exchange;
+};
+constexpr Kind kKinds[] = {{256, 2, 39.5, 2.6}, {128, 2, 24, 2.1}, {128, 3, 35, 2.8}, {64, 2, 20.5, 1.2}};
+
+// How a product is cut up: tiles, CTAs of a cluster, and the parts that K is cut into in the tiles of the last,
+// unfilled round, with or without an exchange. Whole tiles of clusters are of `share` CTAs, all of the cluster, which
+// pays where many tiles of the same x are under way: 305 us for 324 at 2048 x 14336 x 4096, but 62 for 60 at 128 x
+// 28672 x 4096.
 struct Cut {
-  int rows, size, parts;
+  const Kind* kind = nullptr;
+  int size = 1, share = 1, parts = 1;
+  bool exchange = false;
 };
 Cut choose(const Int4Params& p, const Int4Device& device) {
-  Cut best{};
+  Cut best;
   double least = 0;
-  for (const int rows : {256, 128}) {
-    const int size = device.has_clusters && rows == 256 && p.m > 512 && p.n > kOutputs ? 2 : 1;
-    const int clusters = std::max(1, device.sms / size);
-    const int64_t tiles = int64_t(ceil_div(p.m, rows)) * ceil_div(p.n, kOutputs * size), left = tiles % clusters;
-    // us of a tile, measured on an H200
-    const double tile = double(p.k) / 4096 * (rows == 256 ? 43 : 28);
-    for (int parts = 1; parts <= (left > 0 ? 8 : 1) && (parts == 1 || p.k >= 512 * parts); ++parts) {
-      const double megabytes = double(left * parts * size) * rows * kOutputs * 4e-6;
-      const double time = tile * (double(tiles / clusters) + double(ceil_div(left * parts, clusters)) / parts) +
-                          (parts > 1 ? 2 + 0.6 * megabytes : 0);
-      if (best.rows == 0 || time < least) best = {rows, size, parts}, least = time;
+  const auto consider = [&](const Cut& by, double time) {
+    if (!best.kind || time < least) best = by, least = time;
+  };
+  for (const Kind& kind : kKinds)
+    for (const int share : {1, 2}) {
+      const int outputs = 64 * kind.consumers;
+      const bool pairs = device.has_clusters && kind.rows == 256 && p.m > 256 && p.n > outputs;
+      if (share == 2 ? !pairs : pairs && p.m > 512) continue;
+      const double tile = double(p.k) / 4096 * kind.tile;
+      const int64_t row_tiles = ceil_div(p.m, kind.rows), tiles = row_tiles * ceil_div(p.n, outputs * share);
+      const int64_t clusters = std::max(1, device.sms / share), left = tiles % clusters, whole = tiles / clusters;
+      for (int parts = 1; parts <= (left > 0 ? 8 : 1) && (parts == 1 || p.k >= 512 * parts); ++parts) {
+        const double megabytes = double(left * parts * share) * kind.rows * outputs * 4e-6;
+        consider({&kind, share, share, parts, false},
+                 tile * (double(whole) + double(ceil_div(left * parts, clusters)) / parts) +
+                     (parts > 1 ? 0.7 + 0.47 * megabytes : 0));
+      }
+      // A cluster for each tile that is cut, and whole tiles of clusters of that size
+      if (device.has_clusters && p.k_padded >= 256 && left > 0 && (share == 2 || whole == 0) &&
+          left * share <= device.sms / 2)
+        consider({&kind, 2, share, 2, true}, tile * (double(whole) + 0.5) + kind.exchange);
     }
-  }
   return best;
 }
-
-// Few weights and rows are int4_mma.cu's: the CTAs here are large.
-bool pays(const Int4Params& p, int sms) { return p.m >= kInt4Expand || p.n * p.k / sms >= 60000; }
 
 template <class S, class T, bool kSplit>
 bool launch(const Int4Params& p, const Tensor& like, const Int4Device& device, const Cut& by, cudaStream_t stream) {
   const int size = by.size, clusters = std::max(1, device.sms / size);
   Work work{};
-  const int64_t row_tiles = ceil_div(p.m, S::kRows), output_tiles = ceil_div(p.n, kOutputs * size);
+  const int64_t row_tiles = ceil_div(p.m, S::kRows), output_tiles = ceil_div(p.n, S::kOutputs * by.share);
   const int64_t slices = p.k_padded / kInt4Block;
   if (!describe_tensor(work.words, p.packed, 256,
-                       {{slices, 512, S::kSlices}, {ceil_div(p.n, kInt4Block), slices * 512, kBlocks}, {1, 16, 1}},
+                       {{slices, 512, S::kSlices}, {ceil_div(p.n, kInt4Block), slices * 512, S::kBlocks}, {1, 16, 1}},
                        false) ||
-      !describe_tensor(work.x, p.x, p.k_padded, {{p.m, p.x_stride * 2, S::kRows / size}, {1, 16, 1}, {1, 16, 1}}) ||
-      !describe_tensor(work.y, p.y, p.n, {{p.m, p.n * 2, S::kRows / S::kTurns}, {1, 16, 1}, {1, 16, 1}}))
+      !describe_tensor(work.x, p.x, p.k_padded, {{p.m, p.x_stride * 2, S::kRows / by.share}, {1, 16, 1}, {1, 16, 1}}) ||
+      !describe_tensor(work.y, p.y, p.n, {{p.m, p.n * 2, S::kQuarter}, {1, 16, 1}, {1, 16, 1}}))
     return false;
   work.slices = int(slices), work.stages = (work.slices + S::kSlices - 1) / S::kSlices;
   work.of_group = p.group >= p.k ? S::kSlices * work.stages : int(p.group / kInt4Block);
@@ -467,22 +556,23 @@ bool launch(const Int4Params& p, const Tensor& like, const Int4Device& device, c
   work.per_group = 2048 / S::kRows;
   const int64_t tiles = row_tiles * output_tiles;
   work.of_part = int(ceil_div(work.stages, std::min(by.parts, work.stages)));
-  work.parts = int(ceil_div(work.stages, work.of_part));
-  work.whole = int(work.parts > 1 ? tiles / clusters * clusters : tiles);
+  work.parts = by.exchange ? by.share : int(ceil_div(work.stages, work.of_part));
+  work.whole = int(by.parts == 1 ? tiles : by.share < size ? 0 : tiles / clusters * clusters);
+  work.share = by.share, work.exchange = by.exchange;
   const int64_t cut = tiles - work.whole;
   work.items = int(work.whole + cut * work.parts);
   Tensor workspace = like;
-  if (cut > 0) {
-    workspace = torch::stable::new_empty(like, {cut * size * work.parts * S::kRows * kOutputs}, ScalarType::Float);
+  if (cut > 0 && !by.exchange) {
+    workspace = torch::stable::new_empty(like, {cut * size * work.parts * S::kRows * S::kOutputs}, ScalarType::Float);
     work.partial = static_cast<float4*>(workspace.mutable_data_ptr());
   }
   const auto kernel = int4_many_kernel<S, T, kSplit>;
   STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes));
-  launch_clusters(size, kernel, dim3(unsigned(size * std::min(clusters, work.items))), kThreads, S::kBytes, stream, p,
-                  work);
-  if (cut > 0)
-    launch_kernel(reduce_kernel<S, T>, dim3(unsigned(cut * size), unsigned(S::kRows / 8)), 128 * kConsumers, 0, stream,
-                  p, work, size);
+  launch_clusters(size, kernel, dim3(unsigned(size * std::min(clusters, work.items))), S::kThreads, S::kBytes, stream,
+                  p, work);
+  if (cut > 0 && !by.exchange)
+    launch_kernel(reduce_kernel<S, T>, dim3(unsigned(cut * size), unsigned(S::kRows / 8)), 128 * S::kConsumers, 0,
+                  stream, p, work, size);
   return true;
 }
 
@@ -498,15 +588,20 @@ bool launch_int4_many<PAGEDKV_TYPE>(const Int4Params& p, const Tensor& like, cud
       !aligned(p.zeros) || !aligned(p.bias) || !aligned(p.residual) || p.m > (1 << 24) || p.n > (1 << 28))
     return false;
   const Int4Device& d = int4_device();
-  if (!d.has_wgmma || !pays(p, d.sms)) return false;
+  if (!d.has_wgmma || int4_is_small(p, d.sms)) return false;
   const Cut by = choose(p, d);
-  auto run = [&]<int kRows>(std::integral_constant<int, kRows>) {
-    using S = Shape<kRows>;
+  bool done = false;
+  const auto run = [&]<size_t kKind>(std::integral_constant<size_t, kKind>) {
+    if (by.kind != &kKinds[kKind]) return;
+    using S = Shape<kKinds[kKind].rows, kKinds[kKind].consumers>;
     if constexpr (!kHalf)
-      if (p.scale_type == ScalarType::Half) return launch<S, T, true>(p, like, d, by, stream);
-    return launch<S, T, false>(p, like, d, by, stream);
+      if (p.scale_type == ScalarType::Half) return void(done = launch<S, T, true>(p, like, d, by, stream));
+    done = launch<S, T, false>(p, like, d, by, stream);
   };
-  return by.rows == 128 ? run(std::integral_constant<int, 128>()) : run(std::integral_constant<int, 256>());
+  [&]<size_t... kKind>(std::index_sequence<kKind...>) {
+    (run(std::integral_constant<size_t, kKind>()), ...);
+  }(std::make_index_sequence<std::size(kKinds)>());
+  return done;
 }
 
 }  // namespace pagedkv

@@ -28,7 +28,11 @@
 // Floor: bytes of W / 4.28 TB/s (an H200's copy bandwidth); a kernel that only reads takes 8.5 us for 14336 x
 // 4096, 15.1 for 28672 x 4096, 3.7 for 4096 x 4096. The other limit is instructions: 28 turn a slice into numbers,
 // about 62 in all. One row of 14336 x 4096, us: 14.3; without x 13.7; without factors 13.3; without arithmetic 11.0;
-// none of these 10.2. Divisions of 64 bits in front of the first load took 0.7.
+// none of these 10.2. Divisions of 64 bits in front of the first load took 0.7. (All before the ring was filled early.)
+//
+// Tried: the ring in shared memory, twice as long (cp.async, each lane its own 16 bytes): 15.7 us for 14336 x 4096 and
+// 29.6 for 28672 x 4096, whose 10.5 and 19.9 it was to lower. More of the weights asked into L2 ahead of the kernel in
+// front's end, or a step ahead of the ring all along: up to 2 us slower.
 #include <algorithm>
 
 #include "int4.h"

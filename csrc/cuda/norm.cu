@@ -17,6 +17,9 @@
 // Tried at that size: rows in a ring of asynchronous copies, which blocks that fill the device once go through: 19.3; a
 // ring of bulk copies (4 rows of 8 KB ahead, 5 blocks an SM): 17.8, and 20.0 three ahead; the next row in registers:
 // 17.5 .. 28; a warp a row: 20.2, all read at the same time, then all compute; 16 warps a row: 27 .. 32.
+// layer_norm there is bound by its instructions, some 550 a thread for 16 elements: 20.6 us, where masks by element and
+// weights of any kind in one path took 22.3 (with one sum or with two, one after the other), 64 registers for 48 22.1,
+// four warps with four loads a lane 23.0.
 #include "reduce.cuh"
 
 namespace pagedkv {
@@ -33,8 +36,9 @@ struct NormParams {
   bool weight_float32, bias_float32, round_before_weight;
   float eps, weight_offset, one_nth;
   int n;
-  void* y;  // contiguous [rows, N]
-  void* h;  // kAddRms
+  bool streamed;  // y and h, past what L2 keeps
+  void* y;        // contiguous [rows, N]
+  void* h;        // kAddRms
 };
 
 template <int N>
@@ -107,16 +111,17 @@ __device__ __forceinline__ float halve(float* v) {
   return v[0];
 }
 
-// The lane's part of a sum: f(so far, value, its vector).
-template <int J, class T, int V, class F>
-__device__ __forceinline__ float sum_lane(const Vec<T, V> (&x)[J], F f) {
+// The lane's part of a sum: f(so far, value), over the vectors that are inside(vector).
+template <int J, class T, int V, class F, class I>
+__device__ __forceinline__ float sum_lane(const Vec<T, V> (&x)[J], F f, I inside) {
   float sums[J] = {};
 #pragma unroll
   for (int j = 0; j < J; ++j) {
     float v[V];
     to_floats(x[j], v);
 #pragma unroll
-    for (int i = 0; i < V; ++i) sums[j] = f(sums[j], v[i], j);
+    for (int i = 0; i < V; ++i) sums[j] = f(sums[j], v[i]);
+    if (!inside(j)) sums[j] = 0.f;
   }
   return halve<J>(sums);
 }
@@ -147,24 +152,38 @@ __device__ __forceinline__ void sum_block(float (&x)[K], float (&scratch)[K][W][
   sum_lanes(x, 32);
 }
 
+// Rows of 16 bits are summed once: what is taken for their mean is that of their first vector, and `rest` the rest of
+// it. Its square is in the sum of squares, and there may be as many times the variance as there are vectors in a row
+// (where the first alone differs from 0): an error of 500 steps of float32.
+template <class T, Norm kind>
+constexpr bool kGuesses = kind == Norm::kLayer && sizeof(T) == 2;
+
 // A row's moments from a lane's vectors of it, which begin at `first` and every `step` elements. sum_one and sum_two
 // make sums of one and of two lane's parts.
 template <class T, int J, Norm kind, class S1, class S2>
-__device__ __forceinline__ Moments moments(const NormParams& p, const Vec<T, kVec<T>> (&x)[J], int first, int step,
-                                           S1 sum_one, S2 sum_two) {
+__device__ __forceinline__ Moments moments(const NormParams& p, const Vec<T, kVec<T>> (&x)[J],
+                                           const Vec<T, kVec<T>>& head, int first, int step, S1 sum_one, S2 sum_two) {
   Moments m{};
+  const auto all = [](int) { return true; };  // zeros where it is not inside
   if constexpr (kind == Norm::kLayer) {
-    float total[1] = {sum_lane(x, [](float sum, float v, int) { return sum + v; })};
-    sum_one(total);
-    m.mean = mean_of<T>(total[0], p);
-    const auto distance = [&](float v, int j) { return first + j * step < p.n ? v - m.mean : 0.f; };
-    float parts[2] = {sum_lane(x, [&](float sum, float v, int j) { return fmaf(distance(v, j), distance(v, j), sum); }),
-                      sum_lane(x, [&](float sum, float v, int j) { return sum + distance(v, j); })};
+    if constexpr (kGuesses<T, kind>) {
+      float v[kVec<T>];
+      to_floats(head, v);
+      m.mean = halve<kVec<T>>(v) / float(kVec<T>);
+    } else {
+      float total[1] = {sum_lane(x, [](float sum, float v) { return sum + v; }, all)};
+      sum_one(total);
+      m.mean = mean_of<T>(total[0], p);
+    }
+    const auto inside = [&](int j) { return first + j * step < p.n; };
+    float parts[2] = {sum_lane(
+                          x, [&](float sum, float v) { return fmaf(v - m.mean, v - m.mean, sum); }, inside),
+                      sum_lane(x, [&](float sum, float v) { return sum + (v - m.mean); }, inside)};
     sum_two(parts);
     m.rest = mean_of<T>(parts[1], p);
     m.inverse = inverse_root<T>(fmaxf(mean_of<T>(parts[0], p) - m.rest * m.rest, 0.f) + p.eps);
   } else {
-    float total[1] = {sum_lane(x, [](float sum, float v, int) { return fmaf(v, v, sum); })};
+    float total[1] = {sum_lane(x, [](float sum, float v) { return fmaf(v, v, sum); }, all)};
     sum_one(total);
     m.inverse = inverse_root<T>(mean_of<T>(total[0], p) + p.eps);
   }
@@ -199,6 +218,17 @@ struct Affine {
     if (const T* const w = early(p.weight, p.weight_float32)) prefetch_l2(w + at);
     if (const T* const b = early(p.bias, p.bias_float32); kind == Norm::kLayer && b) prefetch_l2(b + at);
   }
+  // Whether load() has all that apply() needs: one without a branch for each vector.
+  static __device__ __forceinline__ bool is_plain(const NormParams& p) {
+    return early(p.weight, p.weight_float32) && p.weight_offset == 0.f &&
+           (kind != Norm::kLayer || early(p.bias, p.bias_float32));
+  }
+  __device__ __forceinline__ Vec<T, V> apply_plain(const NormParams& p, const Vec<T, V>& x, const Moments& m) const {
+    float w[V], b[V] = {};
+    to_float(weight, w);
+    if constexpr (kind == Norm::kLayer) to_float(bias, b);
+    return finish<T, V, kind>(x, m, w, b, p.round_before_weight);
+  }
   __device__ __forceinline__ Vec<T, V> apply(const NormParams& p, const Vec<T, V>& x, const Moments& m, int at) const {
     float w[V], b[V] = {};
     if (early(p.weight, p.weight_float32))
@@ -219,10 +249,10 @@ struct Affine {
 
 // A block of W warps a row, J vectors a lane.
 template <Norm kind, int J>  // that an SM takes: it decides over the bytes in flight
-constexpr int kBlocks = J > 4 || J < 2         ? 1
-                        : J > 2                ? (kind == Norm::kLayer ? 3 : 4)
-                        : kind == Norm::kLayer ? 5
-                                               : 6;
+constexpr int kBlocks = J > 4 || J < 2       ? 1
+                        : J > 2              ? (kind == Norm::kLayer ? 3 : 4)
+                        : kind == Norm::kRms ? 6
+                                             : 5;
 template <class T, int W, int J, Norm kind>
 __global__ void __launch_bounds__(32 * W, W == 8 ? kBlocks<kind, J> : 1)
     norm_row(const __grid_constant__ NormParams p) {
@@ -242,8 +272,9 @@ __global__ void __launch_bounds__(32 * W, W == 8 ? kBlocks<kind, J> : 1)
   }
   wait_for_previous();
 
-  Vec<T, V> x[J], add_to[J];
+  Vec<T, V> x[J], add_to[J], head;
   Affine<T, kind> affine[J];
+  if constexpr (kGuesses<T, kind>) head = load_vec<T, V>(from - first);
 #pragma unroll
   for (int j = 0; j < J; ++j) {
     x[j] = stream_or_zero<T, V>(from + j * kStep, inside[j]);
@@ -256,18 +287,23 @@ __global__ void __launch_bounds__(32 * W, W == 8 ? kBlocks<kind, J> : 1)
 #pragma unroll
     for (int j = 0; j < J; ++j) {
       x[j] = add(x[j], add_to[j]);
-      if (inside[j]) store_vec<T, V>(static_cast<T*>(p.h) + to + j * kStep, x[j]);
+      if (inside[j]) store_vec<T, V>(static_cast<T*>(p.h) + to + j * kStep, x[j], p.streamed);
     }
   }
   const Moments m = moments<T, J, kind>(
-      p, x, first, kStep, [&](float (&v)[1]) { sum_block<W>(v, one); },
+      p, x, head, first, kStep, [&](float (&v)[1]) { sum_block<W>(v, one); },
       [&](auto& v) {
         if constexpr (kind == Norm::kLayer) sum_block<W>(v, two);
       });
+  const auto store = [&](auto apply) {
 #pragma unroll
-  for (int j = 0; j < J; ++j)
-    if (inside[j])
-      store_vec<T, V>(static_cast<T*>(p.y) + to + j * kStep, affine[j].apply(p, x[j], m, first + j * kStep));
+    for (int j = 0; j < J; ++j)
+      if (inside[j]) store_vec<T, V>(static_cast<T*>(p.y) + to + j * kStep, apply(j), p.streamed);
+  };
+  if (Affine<T, kind>::is_plain(p))
+    store([&](int j) { return affine[j].apply_plain(p, x[j], m); });
+  else
+    store([&](int j) { return affine[j].apply(p, x[j], m, first + j * kStep); });
 }
 
 // Rows of at most 32 vectors: `lanes` of a warp a row, K rows of it at once.
@@ -283,13 +319,15 @@ __global__ void __launch_bounds__(kBlock) norm_short_rows(const __grid_constant_
   if (blockIdx.x == 0 && inside) Affine<T, kind>::prefetch(p, first);
   wait_for_previous();
 
-  Vec<T, V> x[K][1], add_to[K];
+  Vec<T, V> x[K][1], add_to[K], head[K];
   Affine<T, kind> affine;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     const int64_t row = begin + k * stride;
     const bool live = inside && row < p.x_rows.rows;
-    x[k][0] = stream_or_zero<T, V>(static_cast<const T*>(p.x) + (live ? row_offset(p.x_rows, row) + first : 0), live);
+    const T* const from = static_cast<const T*>(p.x) + (live ? row_offset(p.x_rows, row) + first : 0);
+    x[k][0] = stream_or_zero<T, V>(from, live);
+    if constexpr (kGuesses<T, kind>) head[k] = load_or_zero<T, V>(from - first, live);
     if constexpr (kAdds)
       add_to[k] = stream_or_zero<T, V>(
           static_cast<const T*>(p.residual) + (live ? row_offset(p.residual_rows, row) + first : 0), live);
@@ -304,7 +342,7 @@ __global__ void __launch_bounds__(kBlock) norm_short_rows(const __grid_constant_
       if (live) store_vec<T, V>(static_cast<T*>(p.h) + row * p.n + first, x[k][0]);
     }
     const Moments m = moments<T, 1, kind>(
-        p, x[k], first, 0, [&](float (&v)[1]) { sum_lanes(v, lanes); }, [&](auto& v) { sum_lanes(v, lanes); });
+        p, x[k], head[k], first, 0, [&](float (&v)[1]) { sum_lanes(v, lanes); }, [&](auto& v) { sum_lanes(v, lanes); });
     if (live) store_vec<T, V>(static_cast<T*>(p.y) + row * p.n + first, affine.apply(p, x[k][0], m, first));
   }
 }
@@ -402,6 +440,7 @@ void norm(const char* op, const Tensor& x, const Tensor* residual, const OptTens
   p.n = int(x.size(x.dim() - 1));
   p.one_nth = 1.f / float(p.n);
   p.y = y.mutable_data_ptr();
+  p.streamed = is_streamed(y.numel() * int64_t(y.element_size()));
   p.h = h ? h->mutable_data_ptr() : nullptr;
   const bool aligned = rows.aligned && other.aligned && is_aligned(p.weight) && is_aligned(p.bias);
   const cudaStream_t stream = current_stream(x);

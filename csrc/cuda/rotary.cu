@@ -7,9 +7,9 @@
 // rotary_pairs: the same for many rows, where halves are rotated as a whole: a lane holds eight elements of the first
 // half and their partners of the second, of two heads of a token (one, where a count of heads is odd), so that nothing
 // is read twice (8192 tokens of Llama-3-8B: 64 us for 92; four heads: 74). Both heads are of one part of the token,
-// whose addresses are worked out once, and before the kernel in front has ended: 4096 tokens 28.2 us for 31.4. At one
-// token it is no faster, into an int8 cache 0.4 us slower. All round through the same two functions, so the fused op
-// stores the bits of the two ops in turn.
+// whose addresses are worked out once, and before the kernel in front has ended: 4096 tokens 28.2 us for 31.4,
+// streamed 27.2. At one token it is no faster, into an int8 cache 0.4 us slower. All round through the same two
+// functions, so the fused op stores the bits of the two ops in turn.
 //
 // Floor: (read and write q, k [, read v, write the cache] + cos, sin) / 4.28 TB/s.
 #include "quantize.cuh"
@@ -108,6 +108,7 @@ struct RotaryCacheParams {
   const int64_t* slots;  // [T]
   int64_t tokens;
   Divisor heads;  // q.heads + k.heads + v.heads; rotary_pairs: groups of N in each of these
+  bool streamed;  // q and what goes into the cache, past what L2 keeps
   int chunks;     // of 8 elements in a row; rotary_pairs: in half of it
 };
 
@@ -162,8 +163,8 @@ __global__ void __launch_bounds__(kBlock, 4) rotary_pairs(const __grid_constant_
 #pragma unroll
   for (int h = 0; h < N; ++h) {
     inside[h] = live && at.head + h < heads;
-    x[h][0] = load_or_zero<T, kChunk>(row + h * stride, inside[h]);
-    x[h][1] = load_or_zero<T, kChunk>(row + h * stride + p.angles.half, inside[h]);
+    x[h][0] = stream_or_zero<T, kChunk>(row + h * stride, inside[h]);
+    x[h][1] = stream_or_zero<T, kChunk>(row + h * stride + p.angles.half, inside[h]);
   }
   const int64_t slot = live && at.part != kQuery ? p.slots[t] : -1;
   if (live && at.part != kValue) {
@@ -188,14 +189,14 @@ __global__ void __launch_bounds__(kBlock, 4) rotary_pairs(const __grid_constant_
 #pragma unroll
     for (int h = 0; h < N; ++h) {
       if (!inside[h]) continue;
-      store_vec<T, kChunk>(row + h * stride, x[h][0]);
-      store_vec<T, kChunk>(row + h * stride + p.angles.half, x[h][1]);
+      store_vec<T, kChunk>(row + h * stride, x[h][0], p.streamed);
+      store_vec<T, kChunk>(row + h * stride + p.angles.half, x[h][1], p.streamed);
     }
   } else if (slot >= 0 && slot < p.shape.slots) {
     const CacheView cache = cache_of(p, at.part);
 #pragma unroll
     for (int h = 0; h < N; ++h)
-      if (inside[h]) write_row<C>(cache, p.shape, slot, at.head + h, lane, x[h], p.angles.half, scales[h]);
+      if (inside[h]) write_row<C>(cache, p.shape, slot, at.head + h, lane, x[h], p.angles.half, scales[h], p.streamed);
   }
 }
 
@@ -355,6 +356,7 @@ void rotary_and_cache_cuda(Tensor query, Tensor key, Tensor value, Tensor cos, T
   p.shape = cache_shape(key_cache);
   p.slots = slot_mapping.const_data_ptr<int64_t>();
   p.tokens = query.size(0);
+  p.streamed = is_streamed(query.numel() * int64_t(query.element_size()));
   p.heads = int64_t(p.q.heads + p.k.heads + p.v.heads);
   p.chunks = int(key.size(2) / kChunk);
   if (p.tokens * p.heads.d == 0) return;

@@ -26,16 +26,22 @@
 // Measured, H200, vocabulary 128256, bf16, graph replay (us). Before: a race of all entries, whose Philox takes nine
 // instructions an entry, and a second and third read for the filters.
 //     rows                    1            32            256
-//     temperature          9.2 -> 5.3   22.6 -> 8.4    59.8 -> 20.2
-//     top-k 50, top-p 0.9 17.5 -> 13.7  24.1 -> 17.7   62.3 -> 29.3
-//     min-p               10.3 -> 6.2   19.0 -> 10.4   49.7 -> 22.4
-//     argmax               2.8 -> 3.0    6.2 -> 5.7    23.1 -> 17.4
+//     temperature          9.2 -> 5.4   22.6 -> 8.6    59.8 -> 20.2
+//     top-k 50, top-p 0.9 17.5 -> 8.4   24.1 -> 13.1   62.3 -> 24.6
+//     min-p               10.3 -> 5.7   19.0 -> 9.3    49.7 -> 21.2
+//     argmax               2.8 -> 2.9    6.2 -> 5.6    23.1 -> 17.5
 // Tried at 256 rows: the next tile's loads ahead of a tile's work, 22.4 for 20.2 (registers are short then); three
 // blocks an SM, 26.4 (spills); two kernels instead of one, 25.
 //
-// What filters cost is latency, at one row in cycles: the level 1650 (bisection), the list 4500 (quotients and atomics
-// of few lanes), ranks 4800 and once more for masses (two warps, an entry a thread), the race 1000. A row
-// whose list is too long (top-k 1000, or top-p over flat logits) takes 165 us, 256 of them 270 to 290.
+// What filters cost is latency: each step waits for the one before. So the entries listed are counted by products
+// first, one atomic a thread; their quotients are taken by a thread each; and their ranks by eight threads each, which
+// puts them in order, so that a sum from the top down gives all masses at once. (Listed, divided and ranked by the few
+// threads that had found them: 14.1, 18.3 and 29.7 us for 8.4, 13.1 and 24.6.) The logits that reach the level are read
+// again one by one, from the first-level cache: kept in registers over the atomic, they made the whole kernel spill
+// (28.7 us, and argmax 18.8 for 17.5). A row whose list is too long (top-k 1000, or top-p over flat logits) takes 165
+// us, 256 of them 270 to 290.
+#include <cfloat>
+
 #include "../philox.h"
 #include "reduce.cuh"
 
@@ -99,12 +105,14 @@ __device__ __forceinline__ Row this_row(const SampleParams& p, int64_t row) {
   r.row = row;
   r.logits = static_cast<const char*>(p.logits) + row * p.stride_bytes;
   r.temperature = p.temperature ? p.temperature[row] : 1.f;
+  const int k = p.top_k ? p.top_k[row] : 0;  // all loads before the first use
+  const float top_p = p.top_p ? p.top_p[row] : 1.f, min_p = p.min_p ? p.min_p[row] : 0.f;
   r.greedy = p.seeds == nullptr || fabsf(r.temperature) < 1e-30f;  // a quotient could overflow: its limit
   if (r.greedy) r.temperature = 1.f;
   r.inverse = 1.f / r.temperature;
-  r.top_k = p.top_k && p.top_k[row] > 0 && p.top_k[row] < p.vocab;
-  r.top_p = p.top_p && p.top_p[row] < 1.f;
-  r.min_p = p.min_p && p.min_p[row] > 0.f;
+  r.top_k = k > 0 && k < p.vocab;
+  r.top_p = top_p < 1.f;
+  r.min_p = min_p > 0.f;
   return r;
 }
 
@@ -335,13 +343,14 @@ __device__ __forceinline__ Weight block_max(Weight x, Weight (&scratch)[kWarps])
 struct Shared {
   uint32_t keys[2][kWarps];
   Weight best[2][kWarps];
-  Scratch<Weight> masses_of_warps[2];
+  Weight masses_of_warps[kList / kBlock][kWarps];
+  Scratch<Weight> groups_mass;
   int marked, listed;  // groups, entries
   uint32_t score;      // the race's best
   union {
     struct {
       int groups[kList];                  // that reach the level
-      Weight list[kList], masses[kList];  // (key, index)
+      Weight list[kList], sorted[kList];  // (key, index); key 0: below the level after all
     };
     Histogram histogram;
   };
@@ -546,6 +555,72 @@ __device__ __forceinline__ float level_of(const Row& r, float best, float top, i
   return exact_z(r, key_float(low));
 }
 
+// Raises keep.key to what top-k (k > 0) and top-p leave of the list, of which all that they keep is part, if it has the
+// mass; false: it has not.
+template <class T>
+__device__ __forceinline__ bool find_in_list(const SampleParams& p, const Row& r, const Summary* summaries,
+                                             float top_logit, float top, int k, bool top_p, Shared& shared,
+                                             Keep& keep) {
+  constexpr int kOwn = kList / kBlock, kSharers = 8;
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, listed = shared.listed;
+
+  // In descending order: each entry's place is counted by eight threads.
+  for (int first = 0; first < listed; first += kBlock / kSharers) {
+    const int i = first + tid / kSharers;
+    const Weight mine = i < listed ? shared.list[i] : 0;
+    int above = 0;
+#pragma unroll 4
+    for (int j = tid % kSharers; j < listed; j += kSharers) above += shared.list[j] > mine;
+    above = group_reduce(above, kSharers, Sum{});
+    if (i < listed && tid % kSharers == 0) shared.sorted[above] = mine;
+  }
+  __syncthreads();
+  if (k > 0 && k <= listed) keep.key = uint32_t(shared.sorted[k - 1] >> 32);
+  if (!top_p) return true;
+
+  // Masses from the top down to each place.
+  Weight sum[kOwn], total = 0;
+#pragma unroll
+  for (int o = 0; o < kOwn; ++o) {
+    const int i = o * kBlock + tid;
+    const uint32_t key = i < listed ? uint32_t(shared.sorted[i] >> 32) : 0;
+    sum[o] = key > 0 && key >= keep.key ? mass_of(p, key_float(key), top) : 0;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const Weight other = __shfl_up_sync(kFullWarp, sum[o], d);
+      if (lane >= d) sum[o] += other;
+    }
+    if (lane == 31) shared.masses_of_warps[o][warp] = sum[o];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int o = 0; o < kOwn; ++o)
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const Weight other = shared.masses_of_warps[o][w];
+      total += other;
+#pragma unroll
+      for (int mine = o; mine < kOwn; ++mine)
+        if (mine > o || w < warp) sum[mine] += other;
+    }
+  const Weight mass = total;
+  if (k == 0) {
+    total = 0;  // of all groups
+    for (int g = tid; g < p.groups; g += kBlock) {
+      const Summary s = summaries[g];
+      if (s.mass > 0.f) total += __float2ull_rn(expf(below(r, s.top, top_logit)) * s.mass * p.mass_unit);
+    }
+    total = row_reduce(total, shared.groups_mass, Weight(0), Sum{});
+  }
+  const Weight need = needed_mass(p, r, total);
+  if (mass < need) return false;
+  int place = 0;
+#pragma unroll
+  for (int o = 0; o < kOwn; ++o) place += __syncthreads_count(sum[o] < need);
+  keep.key = uint32_t(shared.sorted[place] >> 32);
+  return true;
+}
+
 // The token of a row with filters. `best`: the largest logit of this thread's groups; `top`: of all.
 template <class T>
 __device__ __forceinline__ int run_filters(const SampleParams& p, const Row& r, const Summary* summaries, float best,
@@ -571,12 +646,12 @@ __device__ __forceinline__ int run_filters(const SampleParams& p, const Row& r, 
     complete = complete || least - slack(least) >= level;
     level = fmaxf(level, least - slack(least));
   }
-  const float hardly = bound_of(level);
+  const float hardly = fmaxf(bound_of(level), -FLT_MAX);  // -inf is never kept
   if (tid == 0) shared.marked = shared.listed = 0;
   __syncthreads();
   for (int g = tid; g < p.groups; g += kBlock) {
     const float x = summaries[g].top;
-    if (x * r.inverse < hardly || x == -INFINITY) continue;
+    if (!(x * r.inverse >= hardly)) continue;
     const int at = atomicAdd(&shared.marked, 1);
     if (at < kList) shared.groups[at] = g;
   }
@@ -586,76 +661,58 @@ __device__ __forceinline__ int run_filters(const SampleParams& p, const Row& r, 
     constexpr int kUnroll = 4;
     for (int first = tid / 32; first < marked; first += kUnroll * kWarps) {
       Item<T> v[kUnroll];
-      int item[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int i = first + u * kWarps;
-        item[u] = i < marked ? shared.groups[i] * kGroupItems + tid % 32 : p.items;
-        v[u] = load_item<T>(p, r, item[u]);
+        v[u] = load_item<T>(p, r, i < marked ? shared.groups[i] * kGroupItems + tid % 32 : p.items);
       }
+      uint32_t reach = 0;  // a bit an entry
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (item_max(v[u]) * r.inverse < hardly) continue;
+      for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
-        for (int i = 0; i < kItem; ++i) {
-          const float x = entry(v[u], i);
-          if (x * r.inverse < hardly) continue;
-          const float z = exact_z(r, x);
-          if (!(z >= level) || z == -INFINITY) continue;
-          const int at = atomicAdd(&shared.listed, 1);
-          if (at < kList) shared.list[at] = Weight(order_key(z)) << 32 | uint32_t(item[u] * kItem + i);
-        }
+        for (int i = 0; i < kItem; ++i) reach |= uint32_t(entry(v[u], i) * r.inverse >= hardly) << (u * kItem + i);
+      if (reach == 0) continue;
+      int at = atomicAdd(&shared.listed, __popc(reach));
+#pragma unroll 1
+      for (; reach != 0 && at < kList; reach &= reach - 1, ++at) {  // few; read again: from L1, with no registers
+        const int bit = __ffs(reach) - 1, group = shared.groups[first + bit / kItem * kWarps];
+        const int i = (group * kGroupItems + tid % 32) * kItem + bit % kItem;
+        shared.list[at] = Weight(order_key(load_entry<T>(r, i))) << 32 | uint32_t(i);
       }
     }
   }
   __syncthreads();
   const int listed = shared.listed;
-  bool ranked = marked <= kList && listed <= kList && (complete || top_p || level == -INFINITY || listed >= k);
-
-  Weight winner = 0;
-  if (ranked) {
-    Weight mass = 0;
+  bool ranked = marked <= kList && listed <= kList;
+  if (ranked) {  // from logits to z, each quotient by a thread of its own
+    int valid = 0;
 #pragma unroll
     for (int o = 0; o < kOwn; ++o) {
       const int i = o * kBlock + tid;
-      if (!top_p || i >= listed) break;
-      const uint32_t key = uint32_t(shared.list[i] >> 32);
-      int above = 0;
-#pragma unroll 4
-      for (int j = 0; top_k && j < listed; ++j) above += uint32_t(shared.list[j] >> 32) > key;
-      mass += shared.masses[i] = top_k && above >= k ? 0 : mass_of(p, key_float(key), top);
-    }
-    Weight need = 0;
-    if (top_p) {
-      Weight total = 0;  // of all groups
-      for (int g = tid; !top_k && g < p.groups; g += kBlock) {
-        const Summary s = summaries[g];
-        if (s.mass > 0.f) total += __float2ull_rn(expf(below(r, s.top, top_logit)) * s.mass * p.mass_unit);
+      bool reaches = false;
+      if (i < listed) {
+        const Weight x = shared.list[i];
+        const float z = exact_z(r, key_float(uint32_t(x >> 32)));
+        reaches = z >= level && z > -INFINITY;
+        shared.list[i] = Weight(reaches ? order_key(z) : 0) << 32 | uint32_t(x);
       }
-      mass = row_reduce(mass, shared.masses_of_warps[0], Weight(0), Sum{});  // its barrier makes `masses` visible
-      total = top_k ? mass : row_reduce(total, shared.masses_of_warps[1], Weight(0), Sum{});
-      need = needed_mass(p, r, total);
-      ranked = mass >= need && (!top_k || level == -INFINITY || listed >= k);
+      valid += __syncthreads_count(reaches);
     }
-    if (ranked) {
-      const PhiloxStream stream = philox_stream(p.seeds[r.row], p.offsets[r.row]);
+    ranked = valid > 0 && (complete || level == -INFINITY || valid >= k);
+  }
+  const bool ordered = top_k || top_p;
+  if (ranked && ordered) ranked = find_in_list<T>(p, r, summaries, top_logit, top, top_k ? k : 0, top_p, shared, keep);
+  Weight winner = 0;
+  if (ranked) {
+    const PhiloxStream stream = philox_stream(p.seeds[r.row], p.offsets[r.row]);
 #pragma unroll
-      for (int o = 0; o < kOwn; ++o) {
-        const int i = o * kBlock + tid;
-        if (i >= listed) break;
-        const uint32_t key = uint32_t(shared.list[i] >> 32), index = uint32_t(shared.list[i]);
-        int above = 0;
-        Weight mass_above = 0;
-#pragma unroll 4
-        for (int j = 0; (top_k || top_p) && j < listed; ++j) {
-          const bool higher = uint32_t(shared.list[j] >> 32) > key;
-          above += higher;
-          if (top_p) mass_above += higher ? shared.masses[j] : 0;
-        }
-        const float z = key_float(key);
-        if ((top_k && above >= k) || (top_p && mass_above >= need) || !is_kept(keep, z)) continue;
+    for (int o = 0; o < kOwn; ++o) {
+      const int i = o * kBlock + tid;
+      if (i >= listed) break;
+      const uint32_t key = uint32_t(shared.list[i] >> 32), index = uint32_t(shared.list[i]);
+      const float z = key_float(key);
+      if (key > 0 && is_kept(keep, z))
         winner = max(winner, candidate(score_of(infinite ? 0.f : z, entry_word(stream, int(index))), int(index)));
-      }
     }
   }
   if (!ranked) {

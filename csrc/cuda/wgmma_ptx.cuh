@@ -198,15 +198,6 @@ __device__ __forceinline__ void barrier_wait(uint64_t& barrier, uint32_t parity)
 __device__ __forceinline__ void barrier_arrive_copies(uint64_t& barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(&barrier)) : "memory");
 }
-// `bytes` (a multiple of 16, at addresses of such) to shared memory. Counts as an arrival at the barrier, whose phase
-// is not complete before the bytes are there.
-__device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
-  const uint32_t address = smem_address(&barrier);
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-               "l"(source), "r"(bytes), "r"(address)
-               : "memory");
-}
 // What this thread wrote to shared memory by ordinary stores, or by copies that have arrived, becomes visible to
 // products that are issued behind a barrier.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -297,7 +288,7 @@ __device__ __forceinline__ void barrier_wait_cluster(uint64_t& barrier, uint32_t
         : "memory");
   } while (!done);
 }
-// To the same place in the shared memory of CTA `rank`.
+// To the same place in the shared memory of CTA `rank`, whose threads see it behind cluster_sync() or such a wait.
 __device__ __forceinline__ void store_at(float4* to, int rank, const float4& v) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"

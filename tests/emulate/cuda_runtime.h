@@ -459,9 +459,9 @@ inline void rcp_approx_ftz_f32(float& y, float x) {
 }
 
 inline void tanh_approx_f32(float& y, float x) { y = approximate(tanhf(x), 1 << 12); }
-inline void ld_global_nc_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w,
-                                                       const uint4* p) {
-  const uint4 loaded = __ldg(p);
+inline void ld_global_L1_no_allocate_L2_128B_v4_u32(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w,
+                                                    const uint4* p) {
+  const uint4 loaded = *p;
   x = loaded.x, y = loaded.y, z = loaded.z, w = loaded.w;
 }
 inline void atom_acq_rel_gpu_global_add_s32(int& before, int* at, int x) { before = *at, *at += x; }

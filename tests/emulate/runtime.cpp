@@ -699,14 +699,6 @@ void mbarrier_expect(uint64_t& barrier, int bytes) { as_mbarrier(barrier).bytes 
 void mbarrier_wait(uint64_t& barrier, uint32_t parity) {
   while ((as_mbarrier(barrier).phase & 1) == parity) wait(mbarrier_phases);
 }
-// At once, the soonest that it may be: products that are still to read what was there are wrong.
-void copy_bulk(uint32_t target, const void* source, uint32_t bytes) {
-  if (target % 16 || uintptr_t(source) % 16 || bytes % 16)
-    fail("cp.async.bulk of %u bytes, %p -> %u: misaligned", bytes, source, target);
-  if (target + uint64_t(bytes) > shared_bytes)
-    fail("cp.async.bulk to byte %u of %zu of shared memory", target, shared_bytes);
-  memcpy(shared_memory + target, source, bytes);
-}
 void fence_async_proxy() { fibers[thread].unfenced = false; }
 
 // Arrives at some later time. A phase must expect it: the model knows no bytes that come before.

@@ -26,7 +26,6 @@ void mbarrier_arrive(uint64_t& barrier);
 void mbarrier_expect(uint64_t& barrier, int bytes);
 void mbarrier_wait(uint64_t& barrier, uint32_t parity);
 void copy_box(uint32_t target, const CUtensorMap& map, uint64_t& barrier, int x, int y, int z, int w);
-void copy_bulk(uint32_t target, const void* source, uint32_t bytes);
 void store_box(const CUtensorMap& map, uint32_t source, int x, int y, int z, int w);
 void wait_stores();
 void fence_async_proxy();
@@ -84,10 +83,6 @@ inline void barrier_arrive_copies(uint64_t& barrier) {
   emulate::ptx::cp_async_commit_group();
   emulate::ptx::cp_async_wait_group(0);
   emulate::fence_async_proxy();
-  emulate::mbarrier_arrive(barrier);
-}
-inline void copy_bulk(uint32_t target, const void* source, uint32_t bytes, uint64_t& barrier) {
-  emulate::copy_bulk(target, source, bytes);
   emulate::mbarrier_arrive(barrier);
 }
 inline void fence_async_proxy() { emulate::fence_async_proxy(); }

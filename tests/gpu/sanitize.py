@@ -201,6 +201,9 @@ def samples(device: str) -> Iterator[Sample]:
         w = new.int4(160, 1288, 64, kind, torch.float16, ordered=rows != 17)
         x, bias, residual = (new.normal(*s, dtype=dtype) for s in ((rows, 1288), (160,), (rows, 160)))
         yield "int4_linear", (x, w.packed, *w.numbers, w.perm, bias, residual, w.group_size, 1288, "silu"), {}
+    if device == "cuda":  # as many weights as it takes for the CTAs of a cluster to share a tile
+        w, x = new.int4(4096, 2048, 128, "zeros", torch.float16), new.normal(40, 2048, dtype=torch.float16)
+        yield "int4_linear", (x, w.packed, *w.numbers, None, None, None, 128, 2048, "none"), {}
     for rows, dtype in itertools.product((1, 7, 16, 17, 70), FLOATS):
         bias, residual = (new.normal(*s, dtype=dtype) for s in ((150,), (rows, 150)))
         x = new.normal(rows, 1544, dtype=dtype)
@@ -223,6 +226,11 @@ def samples(device: str) -> Iterator[Sample]:
         q, w = (new.normal(rows, 16 * (n // 16) + n % 2, scale=20).to(stored) for rows in (11, 45))
         scales, bias = (new.normal(11).abs(), new.normal(45).abs()), new.normal(45, dtype=dtype)
         yield "scaled_linear", (q, scales[0], w, scales[1], bias, dtype), {}
+    if device == "cuda":  # thread block clusters, which the emulated device has none of
+        for (rows, n, k), scales in itertools.product(((300, 480, 512), (130, 48, 2080)), FLOATS[1:]):
+            w, x = new.int4(n, k, 64, "zeros", scales), new.normal(rows, k, dtype=torch.bfloat16)
+            residual = new.normal(rows, n, dtype=torch.bfloat16)
+            yield "int4_linear", (x, w.packed, *w.numbers, None, None, residual, w.group_size, k), {}
     if device == "cuda":  # the host tier
         mapping = torch.tensor([[0, 4], [2, 1]])
         yield "swap_blocks", (torch.randn(3, 8, 4).pin_memory(), new.normal(5, 8, 4), mapping), {}

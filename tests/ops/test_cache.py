@@ -116,10 +116,12 @@ def test_quantisation_error_is_half_a_step(device: str, cache_dtype: torch.dtype
         assert bool((error <= step * 0.5001).all())
 
 
-def test_many_tokens_on_all_threads(device: str) -> None:
+@pytest.mark.parametrize("cache_dtype", QUANTIZED)
+@pytest.mark.parametrize(("heads", "d"), [(2, 64), (8, 128), (7, 48)])
+def test_many_tokens_on_all_threads(device: str, heads: int, d: int, cache_dtype: torch.dtype) -> None:
     new = Inputs(device)
-    k, v, k_scale, v_scale = new.cache(64, 128, 2, 64, torch.int8)
-    key, value = new.normal(8000, 2, 64, dtype=torch.bfloat16), new.normal(8000, 2, 64, dtype=torch.bfloat16)
+    k, v, k_scale, v_scale = new.cache(64, 128, heads, d, cache_dtype)
+    key, value = (new.normal(8000, heads, d, dtype=torch.bfloat16) for _ in range(2))
     check_write((key, value, k, v, new.permutation(64 * 128, 8000), k_scale, v_scale))
 
 

@@ -175,7 +175,7 @@ def test_a_row_does_not_depend_on_its_neighbours_values(device: str, dtype: torc
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @pytest.mark.parametrize(
     ("n", "k", "group"),
-    [(4096, 4096, 128), (1040, 2144, 32), (14336, 1024, 1 << 20), (17920, 4096, 32), (28672, 4096, 128)],
+    [(4096, 4096, 128), (1040, 2144, 32), (14336, 1024, 1 << 20), (10240, 14336, 32), (28672, 4096, 128)],
 )
 def test_a_layer_on_a_gpu(dtype: torch.dtype, n: int, k: int, group: int) -> None:
     """Sizes of real layers, whose sums several thread blocks have parts of: right, and the same bits again."""
@@ -197,6 +197,35 @@ def test_a_layer_on_a_gpu(dtype: torch.dtype, n: int, k: int, group: int) -> Non
         assert float(error.abs().max()) <= 2 * float(own.abs().max()), rows
         again = ops.int4_linear(*args, bias=bias, group_size=group, in_features=k, activation="silu")
         assert same_bits(got, again), rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "group"),
+    [
+        (256, 6144, 4096, 128),  # tiles that two CTAs have a half of K of each
+        (250, 4112, 4128, 32),
+        (129, 3600, 1056, 96),
+        (512, 576, 576, 64),
+        (511, 592, 1536, 1 << 20),
+        (1024, 6144, 1600, 64),  # whole tiles first, whose CTAs share x
+        (1000, 6160, 320, 32),
+        (512, 4096, 512, 128),
+        (256, 4096, 6176, 32),  # K in parts that are added up by another kernel
+        (512, 192, 576, 64),
+    ],
+)
+def test_many_rows_on_a_gpu(dtype: torch.dtype, rows: int, n: int, k: int, group: int) -> None:
+    """All ways to cut a product up, with all that may follow it."""
+    new = Inputs("cuda")
+    for scales in FLOATS[1:]:
+        weight = new.int4(n, k, group, "zeros", scales)
+        x, bias, residual = (new.normal(*s, dtype=dtype) for s in ((rows, k), (n,), (rows, n)))
+        for problem in (Problem(x, weight), Problem(x, weight, bias, residual, "gelu")):
+            got = problem.run()
+            assert all(same_bits(problem.run(), got) for _ in range(5))
+            assert problem.excess() <= 1
 
 
 @pytest.mark.gpu

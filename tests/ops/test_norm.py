@@ -132,6 +132,33 @@ def test_layer_norm_with_a_large_mean(device: str) -> None:
     assert float((ops.layer_norm(x, None, None, 1e-5).double() - exact).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [256, 4096])
+def test_layer_norm_of_rows_that_begin_far_from_their_mean(device: str, dtype: torch.dtype, n: int) -> None:
+    """Outliers in the first places, alone or several, and equal entries, whose deviation is 0."""
+    x = Inputs(device).normal(8, n, dtype=dtype)
+    for row, count in enumerate((1, 4, 8, 64)):
+        x[row, :count] = 1e4
+    x[4, 0], x[5, :8], x[6], x[7] = -6e4, -3e4, 1000.0, 1000.0
+    x[7, 0] = 0.0
+    exact = F.layer_norm(x.double(), (n,))
+    assert_as_accurate(ops.layer_norm(x, None, None, 1e-5), F.layer_norm(x.float(), (n,)).to(dtype), exact)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_many_rows(device: str, dtype: torch.dtype) -> None:
+    """The bits of a few rows at a time."""
+    new = Inputs(device)
+    x, y = (new.normal(3100, 4096, dtype=dtype) for _ in range(2))
+    weight, bias = new.normal(4096, dtype=dtype), new.normal(4096, dtype=dtype)
+    pieces = [(x[i : i + 100], y[i : i + 100]) for i in range(0, 3100, 100)]
+    assert same_bits(ops.rms_norm(x, weight, 1e-5), torch.cat([ops.rms_norm(a, weight, 1e-5) for a, _ in pieces]))
+    norms = [ops.layer_norm(a, weight, bias, 1e-5) for a, _ in pieces]
+    assert same_bits(ops.layer_norm(x, weight, bias, 1e-5), torch.cat(norms))
+    sums = zip(*(ops.add_rms_norm(a, b, weight, 1e-5) for a, b in pieces))
+    assert all(map(same_bits, ops.add_rms_norm(x, y, weight, 1e-5), map(torch.cat, sums)))
+
+
 def test_any_strides(device: str) -> None:
     """Dimensions in any order, also with a last one that is not dense."""
     new = Inputs(device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from ops.accuracy import same_bits
@@ -11,6 +13,19 @@ from torch import Tensor
 from torch_pagedkv import ops
 
 pytestmark = pytest.mark.gpu
+
+
+def assert_replays_equal_steps(run: Callable[[bool], list[Tensor]]) -> None:
+    """`run(wait)` in a graph gives the bits of kernels that wait for one another, each time."""
+    want = run(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run(False)
+    for _ in range(20):
+        for tensor in got:
+            tensor.zero_()
+        graph.replay()
+        assert all(map(same_bits, got, want))
 
 
 def chain(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, wait: bool) -> list[Tensor]:
@@ -57,15 +72,7 @@ def test_a_chain_equals_its_steps() -> None:
     for _ in range(5):
         for got, exact in zip(chain(x, weight, cos, sin, slots, wait=False), want, strict=True):
             assert same_bits(got, exact)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(x, weight, cos, sin, slots, wait=False)
-    for _ in range(20):
-        for tensor in captured:
-            tensor.zero_()
-        graph.replay()
-        for got, exact in zip(captured, want, strict=True):
-            assert same_bits(got, exact)
+    assert_replays_equal_steps(lambda wait: chain(x, weight, cos, sin, slots, wait))
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16, 64, 300])
@@ -91,15 +98,7 @@ def test_layers_of_4_bits_equal_their_steps(rows: int) -> None:
             found.append(h)
         return found
 
-    want = layers(wait=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = layers(wait=False)
-    for _ in range(20):
-        for tensor in got:
-            tensor.zero_()
-        graph.replay()
-        assert all(map(same_bits, got, want))
+    assert_replays_equal_steps(layers)
 
 
 @pytest.mark.parametrize("owned", [500, 333])
@@ -130,15 +129,41 @@ def test_prompts_equal_their_steps(owned: int) -> None:
             found += [out, h]
         return found
 
-    want = prompts(wait=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = prompts(wait=False)
-    for _ in range(20):
-        for tensor in got:
-            tensor.zero_()
-        graph.replay()
-        assert all(map(same_bits, got, want))
+    assert_replays_equal_steps(prompts)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_layers_of_few_rows_equal_their_steps(rows: int, dtype: torch.dtype) -> None:
+    """As above, of `linear`, and of `scaled_linear` between `quantize_per_token`."""
+    new = Inputs("cuda")
+    wide, narrow = (new.normal(n, k, dtype=torch.bfloat16, scale=0.02) for n, k in ((4096, 1024), (1024, 2048)))
+    weight, x = new.normal(1024, dtype=torch.bfloat16), new.normal(rows, 1024, dtype=torch.bfloat16)
+
+    def layers(wait: bool) -> list[Tensor]:
+        def step() -> None:
+            if wait:
+                torch.cuda.synchronize()
+
+        def product(x: Tensor, w: Tensor) -> Tensor:
+            step()
+            if dtype == torch.bfloat16:
+                return ops.linear(x, w)
+            q, row_scale = ops.quantize_per_token(x, rotation=64, dtype=dtype)
+            step()
+            w8, column_scale = ops.quantize_per_token(w, rotation=64, dtype=dtype)  # in front of what reads it
+            step()
+            return ops.scaled_linear(q, row_scale, w8, column_scale, dtype=torch.bfloat16)
+
+        h, found = x, []
+        for _ in range(12):
+            y = product(ops.rms_norm(h, weight, 1e-5), wide)
+            step()
+            h = x + product(ops.silu_and_mul(*y.chunk(2, -1)), narrow)
+            found.append(h)
+        return found
+
+    assert_replays_equal_steps(layers)
 
 
 @pytest.mark.parametrize("sequences", [1, 5, 200])
@@ -174,13 +199,4 @@ def test_attention_sees_the_lengths_and_pages_of_the_kernel_in_front(sequences: 
                 torch.cuda.synchronize()
         return found
 
-    want = calls(wait=True)
-    assert any(bool(out.any()) for out in want)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = calls(wait=False)
-    for _ in range(20):
-        for tensor in got:
-            tensor.fill_(float("nan"))
-        graph.replay()
-        assert all(map(same_bits, got, want))
+    assert_replays_equal_steps(calls)

@@ -69,6 +69,14 @@ def test_bits_of_wide_and_odd_rows(device: str, dtype: torch.dtype, stored: torc
 
 
 @pytest.mark.parametrize("stored", QUANTIZED, ids=str)
+def test_many_rows(device: str, stored: torch.dtype) -> None:
+    """The bits of a few rows at a time."""
+    x = Inputs(device).normal(6200, 4096, dtype=torch.bfloat16)
+    pieces = zip(*(ops.quantize_per_token(rows, None, dtype=stored) for rows in x.split(100)))
+    assert all(map(same_bits, ops.quantize_per_token(x, None, dtype=stored), map(torch.cat, pieces)))
+
+
+@pytest.mark.parametrize("stored", QUANTIZED, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_half_a_step(device: str, dtype: torch.dtype, stored: torch.dtype) -> None:
     x = Inputs(device).normal(20, 333, dtype=dtype)

@@ -176,21 +176,26 @@ def test_fused_write_refuses_a_slot_outside_before_rotating() -> None:
 
 
 @pytest.mark.parametrize("cache_dtype", [None, *QUANTIZED], ids=str)
-@pytest.mark.parametrize(("heads", "d"), [((4, 2, 2), 64), ((3, 2, 2), 96)])
-def test_many_tokens_at_once(device: str, heads: tuple[int, int, int], d: int, cache_dtype: torch.dtype | None) -> None:
-    """Enough rows for the kernel that large batches take, a head more than it pairs up: the bits of the two ops."""
-    new, tokens = Inputs(device), 500
+@pytest.mark.parametrize(
+    ("tokens", "heads", "d"), [(500, (4, 2, 2), 64), (500, (3, 2, 2), 96), (1540, (32, 4, 4), 256)]
+)
+def test_many_tokens_at_once(
+    device: str, tokens: int, heads: tuple[int, int, int], d: int, cache_dtype: torch.dtype | None
+) -> None:
+    """Enough rows for the kernel that large batches take, a head more than it pairs up, and more than L2 keeps: the
+    bits of the two ops."""
+    new = Inputs(device)
     fused = new.normal(tokens, sum(heads) * d, dtype=torch.bfloat16)
     cos, sin = new.rotation(tokens, d // 2, torch.bfloat16)
-    slots = new.permutation(640, tokens)
+    slots = new.permutation(1600, tokens)
     slots[7] = -1
     if device == "cuda":
-        slots[8] = 640  # the CPU looks at slots, and refuses
+        slots[8] = 1600  # the CPU looks at slots, and refuses
     found = []
     for together in (True, False):
         query, key, value = (x.unflatten(-1, (-1, d)) for x in fused.clone().split([n * d for n in heads], -1))
         new = Inputs(device, 1)
-        k, v, k_scale, v_scale = new.cache(40, 16, heads[1], d, cache_dtype or torch.bfloat16)
+        k, v, k_scale, v_scale = new.cache(100, 16, heads[1], d, cache_dtype or torch.bfloat16)
         scales = {"k_scale": k_scale, "v_scale": v_scale}
         if together:
             ops.rotary_and_cache(query, key, value, cos, sin, k, v, slots, **scales)

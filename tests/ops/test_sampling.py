@@ -347,6 +347,17 @@ def test_nan_and_infinities(device: str) -> None:
     assert draw(torch.tensor([[5.0]], device=device), 1, 2).tolist() == [0]
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("parameters", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 3, "min_p": 0.1}])
+def test_the_lowest_numbers_are_no_infinities(device: str, dtype: torch.dtype, parameters: dict[str, float]) -> None:
+    """Masks of the lowest finite number: drawn from where there is nothing else."""
+    row = torch.full((1, 700), -torch.inf, dtype=dtype, device=device)
+    row[0, [5, 300, 600]] = torch.finfo(dtype).min
+    assert support(row, draws=200, **parameters) <= {5, 300, 600}
+    row[0, 40] = 0.0
+    assert support(row, draws=20, **parameters) == {40}
+
+
 def test_temperature_that_overflows_is_the_limit(device: str) -> None:
     """A quotient past float32 leaves the argmax, as a temperature of 0 does."""
     row = torch.tensor([[1.0, 3.0, 2.0] * 30], device=device)
