@@ -365,6 +365,10 @@ T __ldg(const T* p) {
   return *p;
 }
 template <class T>
+void __stcs(T* p, T x) {
+  *p = x;
+}
+template <class T>
 void __stcg(T* p, T x) {
   *p = x;
 }
