@@ -284,7 +284,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, c
           wgmma::store_at(to + j * 32, owner,
                           make_float4(total[4 * j], total[4 * j + 1], total[4 * j + 2], total[4 * j + 3]));
         __syncwarp();
-        if (lane == 0) wgmma::barrier_arrive_at(barriers.met[warp], owner);
+        if (lane == 0) wgmma::barrier_release_at(barriers.met[warp], owner);
         continue;
       }
       wgmma::barrier_wait_cluster(barriers.met[warp], round & 1);
@@ -297,7 +297,7 @@ __device__ __forceinline__ void consume(const Int4Params& p, const Work& work, c
         }
       __syncwarp();
       if (tile + share.clusters < work.tiles && lane < share.size - 1)  // another part will come
-        wgmma::barrier_arrive_at(barriers.free[warp], lane < owner ? lane : lane + 1);
+        wgmma::barrier_release_at(barriers.free[warp], lane < owner ? lane : lane + 1);
     }
     store_tile<T, kRows>(p, 2 * t, int64_t(tile) * kOutputs + output, total);
   }

@@ -112,6 +112,7 @@ inline void barrier_arrive_at(uint64_t& barrier, int rank) {
   if (rank != 0) emulate::fail("arrival at CTA %d of a cluster of one", rank);
   emulate::mbarrier_arrive(barrier);
 }
+inline void barrier_release_at(uint64_t& barrier, int rank) { barrier_arrive_at(barrier, rank); }
 inline void barrier_wait_cluster(uint64_t& barrier, uint32_t parity) { emulate::mbarrier_wait(barrier, parity); }
 inline void store_at(float4* to, int rank, const float4& v) {
   if (rank != 0) emulate::fail("a store to CTA %d of a cluster of one", rank);
