@@ -162,9 +162,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer = command.load(args, device, args.dtype)
         if not ids:
             ids.extend(prompt(args, model, tokenizer))
-        return Ours(model, options)
+        # the models are there at the same time: none may take all memory for its cache
+        return Ours(model, None if options is None else {"memory_fraction": 0.5 / len(given), **options})
 
-    for name, options in ways_of(device, args.weights).items():
+    given = ways_of(device, args.weights)
+    for name, options in given.items():
         ways[name] = functools.partial(ours, options)
     if file is not None:
         ways[FROM_FILE] = lambda: _from_file(file, device, args.dtype)
