@@ -65,11 +65,20 @@ void layer_norm(const NormRow& row) {
   const double variance = squares.total() / double(a.n) - shifted * shifted;
   // In two floats: where the mean is large beside the deviations, the first difference is exact.
   const float mean_high = float(mean), mean_low = float(mean - double(mean_high));
-  const vf r = 1.f / sqrt1(float(variance < 0 ? 0 : variance) + a.eps);
+  // 1 / sqrt by a step of Newton's in double, and it and the normalised values in two floats as well: where weight and
+  // bias cancel, every rounding before is seen.
+  const double square = (variance < 0 ? 0 : variance) + double(a.eps), guess = (1.f / sqrt1(float(square)))[0];
+  const double root = guess * (1.5 - 0.5 * square * guess * guess);
+  const vf r = splat(float(root)), r_low = splat(float(root - double(float(root))));
   each(a.n, [&](int64_t i, auto part) {
-    vf v = (load(x + i, part) - mean_high - mean_low) * r;
-    if (a.weight) v = v * load_either<T>(a.weight, a.weight_float32, i, part);
-    if (a.bias) v = v + load_either<T>(a.bias, a.bias_float32, i, part);
+    const vf d = load(x + i, part) - mean_high - mean_low;
+    vf v = d * r;
+    if (a.weight || a.bias) {
+      const vf low = fma(d, r_low, fma(d, r, -v));
+      const vf weight = a.weight ? load_either<T>(a.weight, a.weight_float32, i, part) : splat(1.f);
+      const vf bias = a.bias ? load_either<T>(a.bias, a.bias_float32, i, part) : zero();
+      v = fma(v, weight, fma(low, weight, bias));
+    }
     store(y + i, v, part);
   });
 }
