@@ -50,9 +50,8 @@
 // heads of 64 9.7, 8.1, 8.1. Two blocks instead of one are slower there (1 x 8192: 16.6), and so is one where a warp
 // has no more than its slots hold (1 x 1024) or a batch-invariant sequence is alone: late CTAs wait for the page.
 // Filling the slots from guessed pages, to be checked once they are under way, gains nothing: the check waits behind
-// them (1 x 1024: 8.2
-// -> 8.7 us). Teams of 1, 2 and 4, with the plan ahead: 1 x 8192 15.1, 15.9, 16.1 us; 1 x 32768 39.6, 37.6, 39.4; 28
-// and 4 heads 1 x 8192 16.4, 12.7, 14.5; 1 x 131072 126.7, 126.7, 133.8.
+// them (1 x 1024: 8.2 -> 8.7 us). Teams of 1, 2 and 4, with the plan ahead: 1 x 8192 15.1, 15.9, 16.1 us; 1 x 32768
+// 39.6, 37.6, 39.4; 28 and 4 heads 1 x 8192 16.4, 12.7, 14.5; 1 x 131072 126.7, 126.7, 133.8.
 //
 // Tried: the first keys of the next run to L2 while one begins (134 -> 137 us, batch-invariant 265 -> 284 at 32 x
 // 8192); teams for few sequences (24 items of 512 keys: 9.0 -> 7.4 us if equally long, 12.5 -> 15.3 if not); a stretch
